@@ -206,7 +206,7 @@ def _arrived(folder):
             pass
     return total
 
-
+# %% ../nbs/kit/03_data.ipynb #156baa82
 def _fetch(kind, scratch, final, patience, stop):
     "Download a dataset's files to a scratch folder, let torchvision check and unpack them, move them to their place."
     raw = scratch / kind.__name__ / "raw"

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['CYCLE', 'INK', 'FAINT', 'STYLE', 'BARE', 'to_channels_last', 'to_pil', 'as_pictures', 'resized', 'image_grid',
-           'text_width', 'wrap_label', 'write_over', 'picture_table', 'show_images', 'as_rows', 'show_strip',
-           'show_pairs', 'PaletteCanvas', 'finished', 'as_numbers', 'add_curve', 'plot_curves', 'smoothed',
-           'plot_losses', 'plot_table']
+           'line_width', 'text_width', 'wrap_label', 'write_over', 'picture_table', 'show_images', 'as_rows',
+           'show_strip', 'show_pairs', 'PaletteCanvas', 'finished', 'as_numbers', 'as_curve', 'add_curve',
+           'plot_curves', 'smoothed', 'plot_losses', 'plot_table']
 
-# %% ../nbs/kit/01_plotting.ipynb #8777da81
+# %% ../nbs/kit/01_plotting.ipynb #3642373a
 import io
 import math
+from functools import lru_cache
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -146,16 +147,24 @@ def image_grid(
         grid.paste(tile, (i % columns * w, i // columns * h))
     return grid
 
-# %% ../nbs/kit/01_plotting.ipynb #4d995877
-def text_width(
-    lines: list[str],  # each may contain mathematics between dollar signs
+# %% ../nbs/kit/01_plotting.ipynb #0b48a35d
+@lru_cache(4096)
+def line_width(
+    line: str,  # may contain mathematics between dollar signs
     points: float = 8.5,  # font size
-) -> float:  # pixels at 100 dots an inch; 0 for no lines
-    """Measure how wide the widest line will be."""
+) -> float:  # pixels at 100 dots an inch
+    """Measure how wide a line of text will be."""
     font, measure = FontProperties(size=points), TextToPath().get_text_width_height_descent
-    return max((measure(line, font, line.count("$") >= 2)[0] for line in lines), default=0.0) * 100 / 72
+    return measure(line, font, line.count("$") >= 2)[0] * 100 / 72
 
-# %% ../nbs/kit/01_plotting.ipynb #d3bb2199
+
+def text_width(
+    lines: list[str],  # any number of lines
+) -> float:  # pixels at 100 dots an inch; 0 for no lines
+    """Measure how wide the widest line of a label will be."""
+    return max(map(line_width, lines), default=0.0)
+
+# %% ../nbs/kit/01_plotting.ipynb #20b2ad06
 def wrap_label(
     text,  # any object; its str() is the label, and line breaks in it are kept
     width: float,  # pixels to keep to, where the words allow it
@@ -166,7 +175,7 @@ def wrap_label(
         line = ""
         for word in [part] if "$" in part else part.split(" "):
             longer = f"{line} {word}".strip()
-            if line and text_width([longer]) > width:
+            if line and line_width(longer) > width:
                 lines.append(line)
                 longer = word
             line = longer
@@ -199,7 +208,7 @@ def write_over(
         plt.close(fig)
     return fig
 
-# %% ../nbs/kit/01_plotting.ipynb #9e702532
+# %% ../nbs/kit/01_plotting.ipynb #9ffd12d7
 def picture_table(
     rows: list,  # a list of rows, each a list of PIL images
     above: list | None = None,  # for each row a list of labels, or None
@@ -219,7 +228,7 @@ def picture_table(
     for row in labels:
         spots.append((x, y := y + max((15 * len(lines) + 6 for lines in row), default=0)))
         y += h + 4
-    canvas = Image.new("RGB", (max(x + columns * pitch, math.ceil(text_width([title or ""], 12))), y), "white")
+    canvas = Image.new("RGB", (max(x + columns * pitch, math.ceil(line_width(title or "", 12))), y), "white")
     for row, (x, y) in zip(rows, spots):
         for j, p in enumerate(row):
             canvas.paste(p, (x + j * pitch + (pitch - p.width) // 2, y + (h - p.height) // 2))
@@ -337,7 +346,20 @@ def as_numbers(
         raise ValueError("There are no numbers to plot.")
     return numbers
 
-# %% ../nbs/kit/01_plotting.ipynb #c5dbaf76
+# %% ../nbs/kit/01_plotting.ipynb #e23c93d5
+def as_curve(
+    name: str,  # the curve's name, for the message
+    curve,  # y, or a pair (x, y)
+) -> tuple[np.ndarray, np.ndarray]:  # x and y, both (N,); without an x it counts from 0
+    """Turn what was given for a curve into x and y. Raises ValueError when they differ in length, or are empty."""
+    x, y = curve if isinstance(curve, tuple) and len(curve) == 2 else (None, curve)
+    y = as_numbers(y)
+    x = np.arange(len(y)) if x is None else as_numbers(x)
+    if len(x) != len(y):
+        raise ValueError(f"The curve {name!r} has {len(x)} values of x and {len(y)} of y.")
+    return x, y
+
+# %% ../nbs/kit/01_plotting.ipynb #ee19d37c
 def add_curve(
     ax,  # matplotlib axes
     i: int,  # the curve's number, for its colour and dash
@@ -346,19 +368,14 @@ def add_curve(
     y: np.ndarray,  # (N,)
     raw: np.ndarray | None = None,  # (N,), drawn faintly behind the curve
 ) -> None:
-    """Draw one curve in the colour and dash of its number.
-
-    Raises ValueError when x and y differ in length.
-    """
-    if len(x) != len(y):
-        raise ValueError(f"The curve {name!r} has {len(x)} values of x and {len(y)} of y.")
+    """Draw one curve in the colour and dash of its number."""
     colour = CYCLE[i % len(CYCLE)]
     if raw is not None:
         ax.plot(x, raw, color=colour, alpha=0.22, linewidth=0.7)
     dash = ("-", "--", "-.", ":")[i % 4]
     ax.plot(x, y, dash, color=colour, label=str(name), marker="o" if len(x) <= 12 else None, markersize=4)
 
-# %% ../nbs/kit/01_plotting.ipynb #901c9232
+# %% ../nbs/kit/01_plotting.ipynb #8c425c32
 def plot_curves(
     curves: dict,  # name: y, or name: (x, y)
     xlabel: str,  # what runs to the right, with its unit
@@ -370,11 +387,11 @@ def plot_curves(
     """Plot named curves in one pair of axes. Raises ValueError when x and y differ in length, or there is no curve."""
     if not curves:
         raise ValueError("There is no curve to plot.")
+    ready = {name: as_curve(name, curve) for name, curve in curves.items()}
     with plt.rc_context(STYLE):
         fig, ax = plt.subplots(figsize=(5.6, 3), layout="constrained")
-        for i, (name, curve) in enumerate(curves.items()):
-            x, y = curve if isinstance(curve, tuple) and len(curve) == 2 else (range(len(curve)), curve)
-            add_curve(ax, i, name, as_numbers(x), as_numbers(y))
+        for i, (name, (x, y)) in enumerate(ready.items()):
+            add_curve(ax, i, name, x, y)
         ax.set(xlabel=xlabel, ylabel=ylabel, title=title or "")
         ax.set(xscale="log" if logx else "linear", yscale="log" if logy else "linear")
         if len(curves) > 1:
@@ -404,18 +421,18 @@ def smoothed(
     total, weight = (back + ahead - pairs).T
     return np.divide(total, weight, out=np.full(len(y), np.nan), where=weight > 0)
 
-# %% ../nbs/kit/01_plotting.ipynb #eb692eac
+# %% ../nbs/kit/01_plotting.ipynb #5bedcc86
 def plot_losses(
     losses,  # a list of numbers, one a step; or name: list, for several runs
     smooth: float = 0.95,  # memory of the running mean, see `smoothed`
     title: str | None = None,  # over both axes
 ) -> Figure:  # a cell that ends with it shows it
     """Plot the losses of a run, or of several, on a linear and on a logarithmic axis. Raises ValueError without any."""
-    runs = losses if isinstance(losses, dict) else {"loss": losses}
+    runs = (losses or {"": []}) if isinstance(losses, dict) else {"loss": losses}
+    runs = {name: as_numbers(values) for name, values in runs.items()}
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
-        for i, (name, values) in enumerate((runs or {"": []}).items()):
-            raw = as_numbers(values)
+        for i, (name, raw) in enumerate(runs.items()):
             for ax, y in zip(axes, (raw, np.where(raw > 0, raw, np.nan))):
                 add_curve(ax, i, name, np.arange(1, len(raw) + 1), smoothed(y, smooth), raw=y)
         axes[0].set(xlabel="step", ylabel="loss", title="linear", ylim=(0, None))

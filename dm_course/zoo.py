@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEAL', 'PICKLES', 'WeightsError', 'weights_dir', 'models', 'model_dir', 'sha256', 'as_plain', 'write_json',
-           'sealed_files', 'seal', 'compare', 'problems', 'verify', 'forget_paths', 'save_half', 'write_card', 'card',
-           'quietly', 'model_class', 'load', 'measured_dir', 'measured', 'write_measured']
+           'sealed_files', 'seal', 'compare', 'problems', 'verify', 'quietly', 'forget_paths', 'save_half',
+           'write_card', 'card', 'model_class', 'load', 'measured_dir', 'measured', 'write_measured']
 
 # %% ../nbs/kit/04_zoo.ipynb #e68e38c1
 import copy
@@ -189,6 +189,22 @@ def verify(
         raise WeightsError("Not loaded, for the files are not what they should be:\n" + "\n".join(wrong))
     return names
 
+# %% ../nbs/kit/04_zoo.ipynb #ca0eebbb
+@contextmanager
+def quietly():
+    """Keep the progress bars with which diffusers and transformers load and save silent within the block."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    shown = [log for log in (of_diffusers, of_transformers) if log.is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in shown:
+            log.enable_progress_bar()
+
 # %% ../nbs/kit/04_zoo.ipynb #83092d14
 def forget_paths(
     folder: Path,  # a saved model
@@ -199,7 +215,7 @@ def forget_paths(
         if isinstance(facts, dict) and facts.pop("_name_or_path", None) is not None:
             write_json(path, facts)
 
-# %% ../nbs/kit/04_zoo.ipynb #80a75d9f
+# %% ../nbs/kit/04_zoo.ipynb #1eb82120
 def save_half(
     model,  # anything with `save_pretrained`: a diffusers pipeline or model, a transformers model
     folder,  # where to; what is there is replaced in one step
@@ -217,7 +233,7 @@ def save_half(
             for name, weight in module.half().state_dict().items():
                 if not torch.isfinite(weight).all():
                     raise WeightsError(f"{part}.{name} is not finite in half precision, and was not saved.")
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".part-") as tmp:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".part-") as tmp, quietly():
         half.save_pretrained(Path(tmp) / folder.name, safe_serialization=True)
         forget_paths(Path(tmp) / folder.name)
         shutil.rmtree(folder, ignore_errors=True)
@@ -253,22 +269,6 @@ def card(
     if not isinstance(facts, dict):
         raise WeightsError(f"{name}/README.md is missing, or does not begin with the model's facts.")
     return facts
-
-# %% ../nbs/kit/04_zoo.ipynb #4f7275b3
-@contextmanager
-def quietly():
-    """Keep the loading bars of diffusers and transformers silent within the block."""
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
-
-    shown = [log for log in (of_diffusers, of_transformers) if log.is_progress_bar_enabled()]
-    for log in shown:
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for log in shown:
-            log.enable_progress_bar()
 
 # %% ../nbs/kit/04_zoo.ipynb #406ac730
 def model_class(
