@@ -291,14 +291,14 @@ def _enlarge(digit):
 
 
 def _read_sklearn(split):
-    "scikit-learn's digits: pictures (N, 28, 28), labels, class names."
+    "scikit-learn's digits: pictures (N, 8, 8) from 0 to 16, labels, class names."
     from sklearn.datasets import load_digits
 
     digits, test = load_digits(), np.zeros(1797, bool)
     for c in range(10):
         test[np.flatnonzero(digits.target == c)[5::6]] = True
     mine = test == (split == "test")
-    return np.stack([_enlarge(d) for d in digits.images[mine]]), digits.target[mine], [str(i) for i in range(10)]
+    return digits.images[mine], digits.target[mine], [str(i) for i in range(10)]
 
 # %% ../nbs/kit/03_data.ipynb #5c505951
 def _digits(name, split, count, size):
@@ -324,7 +324,8 @@ def _digits(name, split, count, size):
 def _digit_rows(images, targets, size, first, last):
     "Rows of grey pictures."
     for i in tqdm(range(first, last), "keeping pictures", delay=2, leave=False):
-        yield {"image": _as_png(to_pixels(PIL.Image.fromarray(images[i]), size, 1)[0]), "label": int(targets[i])}
+        picture = PIL.Image.fromarray(images[i] if images[i].shape == (28, 28) else _enlarge(images[i]))
+        yield {"image": _as_png(to_pixels(picture, size, 1)[0]), "label": int(targets[i])}
 
 # %% ../nbs/kit/03_data.ipynb #4a7a1e0c
 DATASETS = {

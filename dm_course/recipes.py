@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from .data import Batches, load_data, to_model
+from .data import Batches, _read_sklearn, load_data, to_model
 from .garden import BACKGROUNDS, COLOURS, PATTERNS, SHAPES
 from .judges import accuracy, judge_loss, load_judge, new_judge, score
 from .sampling import denoiser, diffusion_loss, sample
@@ -29,21 +29,23 @@ from .zoo import save_half, seal, write_card
 def new_unet(
     size: int = 32,  # width and height of the pictures in pixels; a multiple of 2 ** (levels - 1)
     channels: int = 3,  # channels of the pictures
-    widths: tuple[int, ...] = (32, 64, 128, 192),  # channels of the levels, from the full size down
+    widths: tuple[int, ...] = (32, 64, 128, 192),  # channels of the levels, multiples of 16, from the full size down
     attention: int = 8,  # levels this many pixels wide or narrower get attention
     layers: int = 1,  # residual blocks a level
     seed: int = 0,  # of the first weights
 ) -> UNet2DModel:  # untrained
-    "Make a UNet for square pictures. Raises ValueError for a size that the levels can't halve."
+    "Make a UNet for square pictures. Raises ValueError for a size that the levels can't halve, or odd widths."
     halvings = len(widths) - 1
     if size % 2**halvings:
         raise ValueError(f"size is {size}; {len(widths)} levels need a multiple of {2**halvings}")
+    if any(w < 16 or w % 16 for w in widths):
+        raise ValueError(f"widths are {widths}; each must be a multiple of 16")
     attend = [size // 2**i <= attention for i in range(len(widths))]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return UNet2DModel(
             sample_size=size, in_channels=channels, out_channels=channels, layers_per_block=layers,
-            block_out_channels=widths, norm_num_groups=16, attention_head_dim=32,
+            block_out_channels=widths, norm_num_groups=16, attention_head_dim=16 if any(w % 32 for w in widths) else 32,
             down_block_types=["AttnDownBlock2D" if a else "DownBlock2D" for a in attend],
             up_block_types=["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attend)],
         )  # fmt: skip

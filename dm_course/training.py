@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
@@ -281,7 +282,7 @@ def _pieces(loop, data):
 
 # %% ../nbs/kit/05_training.ipynb #29582e4e
 def _gradients(loop, loss_fn, data):
-    "Add up the gradients of one optimiser step; returns its mean loss."
+    "Add up the gradients of one optimiser step; returns its mean loss over all processes."
     total = 0.0
     for piece, share, seed, last in _pieces(loop, data):
         torch.manual_seed(seed)
@@ -293,8 +294,8 @@ def _gradients(loop, loss_fn, data):
                     f"step {loop.run.step}: {first_bad_tensor(loop.run.model, loss_fn, piece)} is not finite"
                 )
             loop.scaler.scale(loss).backward()
-        total += loss.item()
-    return total
+        total += loss.detach()
+    return loop.accelerator.reduce(total, "mean").item()
 
 # %% ../nbs/kit/05_training.ipynb #b0cdd6c8
 def _fit_gradients(loop, loss_fn, data):
@@ -349,6 +350,18 @@ def _for_sampling(loop):
         torch.set_rng_state(state)
 
 # %% ../nbs/kit/05_training.ipynb #5bedb596
+def _log_picture(tracker, picture, step):
+    "Show a PIL picture to a tracker; each of the three has its own way."
+    if tracker.name == "tensorboard":
+        tracker.log_images({"samples": np.asarray(picture)[None]}, step, dataformats="NHWC")
+    elif tracker.name == "wandb":
+        tracker.log_images({"samples": [picture]}, step)
+    else:
+        import trackio
+
+        tracker.log({"samples": trackio.Image(np.asarray(picture))}, step)
+
+
 def _sample(loop, sample_fn):
     "Draw sample pictures; keep them in `out` and show them to the tracker."
     with _for_sampling(loop) as model:
@@ -359,7 +372,7 @@ def _sample(loop, sample_fn):
         folder.mkdir(parents=True, exist_ok=True)
         picture.save(folder / f"{loop.run.step:07d}.png")
     for tracker in loop.accelerator.trackers:
-        tracker.log_images({"samples": [picture]}, step=loop.run.step)
+        _log_picture(tracker, picture, loop.run.step)
 
 # %% ../nbs/kit/05_training.ipynb #6ad3e892
 def _prepare(model, options):

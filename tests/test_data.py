@@ -174,13 +174,21 @@ def test_a_cache_that_is_full_does_not_stop_the_work(monkeypatch):
         assert len(load_data("flowers", count=3, size=16)) == 3
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the test forks")
 def test_two_processes_that_draw_at_once_agree(own_cache):
-    code = "from dm_course.data import load_data; d = load_data('flowers', count=40, size=16); print(sum(d['seed']))"
-    run = partial(subprocess.Popen, [sys.executable, "-W", "error::UserWarning", "-c", code], text=True)
-    both = [run(stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
-    said = [p.communicate(timeout=240) for p in both]
-    assert [p.returncode for p in both] == [0, 0], said
-    assert said[0][0] == said[1][0] == f"{sum(attributes(0, i, 'flowers').seed for i in range(40))}\n"
+    code = """
+import os, sys
+from dm_course.data import load_data
+here = os.fork()
+rows = load_data("flowers", count=40, size=16)
+assert sum(rows["seed"]) == int(sys.argv[1]) and all(r["image"].size == (16, 16) for r in rows)
+if here:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(here, 0)[1]))
+"""
+    total = sum(attributes(0, i, "flowers").seed for i in range(40))
+    command = [sys.executable, "-W", "error::UserWarning", "-c", code, str(total)]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert said.returncode == 0 and not said.stderr, said.stderr
     (kept,) = (own_cache / "data").iterdir()
     assert [p.name for p in kept.iterdir()] == ["40"] and len(load_from_disk(str(kept / "40"))) == 40
 
@@ -313,12 +321,12 @@ def serve(monkeypatch):
 def test_a_download_that_stalls_ends_within_three_seconds(serve, own_cache, capfd):
     serve(Stalls)
     began = time.monotonic()
-    assert "scikit-learn" in load_data("digits", count=5).info.description
+    assert not data._download("mnist")
     took = time.monotonic() - began
-    assert 2.5 < took < 5, took  # the three seconds, and the little that reading the digits takes
+    assert 2.9 < took < 4, took  # on a busy machine it may come late to the clock
     began = time.monotonic()
-    load_data("digits", "test", count=5)  # and it is not tried again at once
-    assert time.monotonic() - began < 1.5
+    assert not data._download("mnist") and time.monotonic() - began < 0.5  # it is not tried again at once
+    assert "scikit-learn" in load_data("digits", count=5).info.description
     time.sleep(0.5)
     assert "9.91M" not in capfd.readouterr().err and not list((own_cache / "torchvision").iterdir())
 

@@ -138,7 +138,9 @@ def test_an_absent_label_adds_nothing_to_the_loss(trained):
     images, labels = painted(8)
     images, labels = images.to(trained.model.device), labels.to(trained.model.device)
     loss_fn, none = judge_loss(trained), torch.full_like(labels[:, 0], -100)
-    parts = [torch.stack(pair, 1) for pair in ((labels[:, 0], none), (none, labels[:, 1]), (labels[:, 0], labels[:, 1]))]
+    parts = [
+        torch.stack(pair, 1) for pair in ((labels[:, 0], none), (none, labels[:, 1]), (labels[:, 0], labels[:, 1]))
+    ]
     a, b, both = (loss_fn(trained.model, {"images": images, "labels": y}) for y in parts)
     assert torch.allclose(a + b, both) and min(a.item(), b.item()) > 0
 
@@ -178,25 +180,6 @@ def test_frechet_distance_is_that_of_the_textbook():
     wanted = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(sa + sb - 2 * sqrtm(sa @ sb).real)
     assert frechet_distance(a, b) == pytest.approx(wanted, rel=1e-8)
     assert frechet_distance(torch.tensor(b), torch.tensor(a)) == pytest.approx(wanted, rel=1e-8)
-
-
-def test_frechet_distance_is_that_of_torchmetrics():
-    image = pytest.importorskip("torchmetrics.image.fid")
-    a, b = (torch.tensor(x) for x in gaussians(300, 300))
-
-    class Passed(torch.nn.Module):
-        num_features = 6
-
-        def forward(self, x):
-            return x
-
-    try:
-        fid = image.FrechetInceptionDistance(feature=Passed(), normalize=True, input_img_size=(6,)).set_dtype(torch.float64)
-    except (TypeError, ValueError, ModuleNotFoundError) as error:
-        pytest.skip(f"this torchmetrics can't take features: {error}")
-    fid.update(a, real=True)
-    fid.update(b, real=False)
-    assert frechet_distance(a, b) == pytest.approx(fid.compute().item(), rel=1e-5)
 
 
 def test_frechet_distance_of_known_gaussians():
