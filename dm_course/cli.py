@@ -22,7 +22,7 @@ from .plotting import image_grid
 from .recipes import RECIPES, butterflies_scheduler, draw_samples, new_unet, train_bundled
 from .sampling import diffusion_loss
 from .settings import cache_dir, data_dir, offline, online, pick_device, usable_cores
-from .training import PRECISIONS, TRACKERS, TrainingOptions, predict_memory, train
+from .training import PRECISIONS, TRACKERS, TrainingOptions, check_options, predict_memory, train
 from .zoo import card, load, models, verify, write_card
 
 # %% ../nbs/kit/92_cli.ipynb #0d5bd82a
@@ -75,9 +75,11 @@ def run_train(
     args: argparse.Namespace,  # of `dm-course train`
 ) -> None:  # prints what it does and where the result lies
     "Train a diffusion model on a dataset and save it as a pipeline."
+    unet, scheduler = new_unet(args.size, args.channels, tuple(args.widths), seed=args.seed), butterflies_scheduler()
+    given = {f.name: getattr(args, f.name) for f in fields(TrainingOptions) if hasattr(args, f.name)}
+    check_options(**given)  # a mistake should show before the data is read
     rows = open_data(args.data, args.size, args.count)
     data = Batches(rows, args.batch_size, size=args.size, channels=args.channels, seed=args.seed)
-    unet, scheduler = new_unet(args.size, args.channels, tuple(args.widths), seed=args.seed), butterflies_scheduler()
     loss_fn = diffusion_loss(scheduler)
     if _is_main():
         need = predict_memory(unet, loss_fn, data.batch(0), ema=bool(args.ema), precision=args.precision)
@@ -87,7 +89,6 @@ def run_train(
     def sample_fn(model):
         return draw_samples(DDPMPipeline(model, scheduler), 16, steps=20)
 
-    given = {f.name: getattr(args, f.name) for f in fields(TrainingOptions) if hasattr(args, f.name)}
     run = train(unet, loss_fn, data, sample_fn, **given)
     if _is_main():
         _report(args, run, scheduler)

@@ -372,7 +372,7 @@ def garden_for_judge(
 # %% ../nbs/kit/90_recipes.ipynb #d00558b7
 def train_judge_garden(
     out=None,  # folder to save the judge in; None: do not save
-    steps: int = 4000,  # optimiser steps of 128 pictures
+    steps: int = 2500,  # optimiser steps of 128 pictures
     count: int = 8000,  # training butterflies, and as many flowers
     seed: int = 0,  # of the first weights, the order of the pictures and their changes
     checkpoints=None,  # folder for checkpoints, from which a run that was cut off goes on

@@ -165,6 +165,11 @@ def test_a_damaged_cache_is_made_again(own_cache):
     assert not [p for p in own_cache.rglob(".*")]
 
 
+@pytest.mark.filterwarnings("error")
+def test_pictures_that_fit_are_no_cause_for_a_warning():
+    Batches(numbered(), 4, size=8), Batches(numbered(), 4), Batches(numbered(), 4, size=6, in_memory=False)
+
+
 def test_a_cache_that_is_full_does_not_stop_the_work(monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -460,7 +465,9 @@ def test_unreadable_and_truncated_pictures_are_named(tmp_path, suffix):
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
     (tmp_path / f"x.{suffix}").write_text("this is no picture")
     (tmp_path / f"y.{suffix}").write_bytes(b"")
-    with pytest.warns(UserWarning, match=f"3 of 5 pictures can't be read and are left out: 1.{suffix} .*x.{suffix} .*y"):
+    with pytest.warns(
+        UserWarning, match=f"3 of 5 pictures can't be read and are left out: 1.{suffix} .*x.{suffix} .*y"
+    ):
         rows = folder_data(tmp_path)
     assert rows["file"][:] == [f"0.{suffix}", f"2.{suffix}"]
     for name in (f"0.{suffix}", f"2.{suffix}"):
@@ -534,7 +541,8 @@ def numbers(batch):
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_a_batch_is_what_the_contract_says(channels, in_memory):
-    data = Batches(numbered(), 4, size=16, channels=channels, smaller="upscale", in_memory=in_memory)
+    with pytest.warns(UserWarning, match="25 of 25 pictures are smaller than 16 pixels: number 0"):
+        data = Batches(numbered(), 4, size=16, channels=channels, in_memory=in_memory)
     batch = data.batch(3)
     assert batch["images"].shape == (4, channels, 16, 16) and batch["images"].dtype == torch.float32
     assert batch["images"].min() >= -1 and batch["images"].max() <= 1

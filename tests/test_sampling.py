@@ -1,5 +1,10 @@
 """Module `sampling`: conversions, the loss, and one loop over every scheduler."""
 
+import ast
+import json
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import (
@@ -18,6 +23,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+import dm_course.sampling
 from dm_course.sampling import PREDICTION_TYPES, alpha_bar, convert, denoiser, diffusion_loss, oracle, sample
 
 COSINE = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
@@ -287,3 +293,89 @@ def test_bad_arguments_are_named():
         sample(denoiser(net), scheduler, torch.zeros(1, 3, 8, 8, dtype=torch.int64), 5)
     with pytest.raises(ValueError, match="eta"):
         sample(denoiser(net), DDIMScheduler(**COSINE), x, 5, etta=1.0)
+
+
+# --- lesson 11: its exercises
+
+LESSON = Path(__file__).parents[1] / "nbs" / "unit1" / "11_introduction_to_diffusers.ipynb"
+
+
+def cells_of(kind):
+    cells = json.loads(LESSON.read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == kind]
+
+
+@pytest.fixture(scope="module")
+def checkers():
+    """The names that an exercise may use: the lesson's imports, its exports, and its checkers."""
+    space = dict(vars(dm_course.sampling))
+    code = [c for c in cells_of("code") if "#| default_exp" not in c]
+    for cell in code:
+        if re.match(r"(#\|.*\n)*(import|from) ", cell) or re.match(r"def (verdict|check_)", cell):
+            exec(cell, space)
+    return space
+
+
+def last_value(code, space):
+    """Run code; the value of its last expression."""
+    tree = ast.parse(code)
+    last = ast.Expression(tree.body.pop().value)
+    exec(compile(tree, "solution", "exec"), space)
+    return eval(compile(last, "solution", "eval"), space)
+
+
+def solutions():
+    folded = re.findall(r"<details>.*?</details>", "\n".join(cells_of("markdown")), re.DOTALL)
+    return [code for fold in folded for code in re.findall(r"```python\n(.*?)```", fold, re.DOTALL)]
+
+
+def test_every_exercise_has_a_solution_and_a_checker(checkers):
+    names = [name for name in checkers if name.startswith("check_")]
+    assert 3 <= len(names) <= 5 and len(solutions()) == len(names)
+    assert [re.findall(r"check_\w+", code)[-1] for code in solutions()] == names
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_the_folded_solution_is_right(number, checkers, capsys):
+    assert last_value(solutions()[number], dict(checkers)) is True
+    assert capsys.readouterr().out == "Right!\n"
+
+
+def test_the_stubs_are_told_that_they_are_not_right_yet(checkers, capsys):
+    stubs = [c for c in cells_of("code") if re.search(r"^check_\w+\(\w+\);$", c, re.MULTILINE)]
+    assert len(stubs) == 4
+    for stub in stubs:
+        assert last_value(stub.rstrip(";"), dict(checkers)) is False
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def broken(old, new):
+    """The solution of exercise 4 with one mistake put back."""
+    code = solutions()[3]
+    assert old in code
+    return code.replace(old, new)
+
+
+@pytest.mark.parametrize(
+    "code, hint",
+    [
+        ("check_jump(lambda x, s, t, e, k: k[t] ** 0.5 * x + (1 - k[t]) ** 0.5 * e)", "mean"),
+        ("check_jump(lambda x, s, t, e, k: (k[t] / k[s]) ** 0.5 * x + (1 - k[t]) ** 0.5 * e)", "standard deviation"),
+        ("check_weight(lambda t, alphas_bar: alphas_bar[t])", "upside down"),
+        ("check_weight(lambda t, alphas_bar: 1 / (1 - alphas_bar[t]))", "belongs to ε"),
+        ("check_schedule(DDPMScheduler(100))", "200 linear"),
+        ("check_schedule(DDPMScheduler(200))", "too little noise"),
+        ("check_schedule(DDPMScheduler(200, beta_start=0.1, beta_end=0.2))", "too fast"),
+        (("num_train_timesteps,", "num_train_timesteps - 1,"), "largest timestep"),
+        (("randn_like", "rand_like"), "centred"),
+        (
+            ("keep.sqrt() * x0 + (1 - keep).sqrt() * epsilon\n    v", "keep * x0 + (1 - keep) * epsilon\n    v"),
+            "variance",
+        ),
+        (("(x, t) - v)", "(x, t) - epsilon)"), "oracle"),
+    ],
+)
+def test_a_checker_says_what_is_off(code, hint, checkers, capsys):
+    code = broken(*code) if isinstance(code, tuple) else code
+    assert last_value(code, dict(checkers)) is False
+    assert hint in capsys.readouterr().out
