@@ -146,7 +146,7 @@ def open_pipeline(
 def run_sample(
     args: argparse.Namespace,  # of `dm-course sample`
 ) -> None:  # writes a picture
-    "Sample pictures from a model and save them as one grid."
+    "Sample pictures from a model and save them as one grid. Raises ValueError for numbers out of range."
     pipeline = open_pipeline(args.model)
     if not 1 <= args.steps <= pipeline.scheduler.config.num_train_timesteps or args.count < 1:
         raise ValueError(f"--steps must be 1 to {pipeline.scheduler.config.num_train_timesteps}, --count at least 1")
@@ -159,7 +159,7 @@ def run_sample(
 def run_zoo(
     args: argparse.Namespace,  # of `dm-course zoo`
 ) -> None:  # prints
-    "List, verify or train bundled models."
+    "List, verify or train bundled models. Raises ValueError for `train` without a name."
     if args.action == "list":
         for name in models():
             facts = card(name)

@@ -290,15 +290,16 @@ def _enlarge(digit):
     return big
 
 
+@lru_cache
 def _read_sklearn(split):
-    "scikit-learn's digits: pictures (N, 8, 8) from 0 to 16, labels, class names."
+    "scikit-learn's digits: pictures (N, 28, 28), labels, class names."
     from sklearn.datasets import load_digits
 
     digits, test = load_digits(), np.zeros(1797, bool)
     for c in range(10):
         test[np.flatnonzero(digits.target == c)[5::6]] = True
     mine = test == (split == "test")
-    return digits.images[mine], digits.target[mine], [str(i) for i in range(10)]
+    return np.stack([_enlarge(d) for d in digits.images[mine]]), digits.target[mine], [str(i) for i in range(10)]
 
 # %% ../nbs/kit/03_data.ipynb #5c505951
 def _digits(name, split, count, size):
@@ -310,10 +311,8 @@ def _digits(name, split, count, size):
         raise ValueError(f"{name} is not here, nor to be downloaded. Put its 4 unpacked idx files into {place}. {hint}")
     images, targets, classes, where = found or (*_read_sklearn(split), None)
     count = min(count or len(images), len(images))
-    whole = f"the {len(images):,} {split} pictures of {_MNISTS.get(name, 'MNIST')}, from {where}"
-    if where is None:
-        whole = f"the {len(images):,} {split} pictures of scikit-learn's real digits, enlarged from 8×8 (no MNIST here)"
-    text = f"{name}: {count:,} of {whole}"
+    origin = f"{_MNISTS.get(name, 'MNIST')}, from {where}" if where else "scikit-learn, 8×8 enlarged (no MNIST here)"
+    text = f"{name}: {count:,} of the {len(images):,} {split} pictures of {origin}"
     if name == "digits" and os.environ.get("RANK", "0") == "0":
         print(text)
     make = partial(_digit_rows, images, targets, size)
@@ -324,8 +323,7 @@ def _digits(name, split, count, size):
 def _digit_rows(images, targets, size, first, last):
     "Rows of grey pictures."
     for i in tqdm(range(first, last), "keeping pictures", delay=2, leave=False):
-        picture = PIL.Image.fromarray(images[i] if images[i].shape == (28, 28) else _enlarge(images[i]))
-        yield {"image": _as_png(to_pixels(picture, size, 1)[0]), "label": int(targets[i])}
+        yield {"image": _as_png(to_pixels(PIL.Image.fromarray(images[i]), size, 1)[0]), "label": int(targets[i])}
 
 # %% ../nbs/kit/03_data.ipynb #4a7a1e0c
 DATASETS = {
@@ -630,12 +628,12 @@ def _read(size, channels, value):
 
 
 def _side(value):
-    "The shorter side of a picture, from its header alone; 0 where that can't be read."
+    "The shorter side of a picture, from its header alone; infinity where that can't be read."
     try:
         with PIL.Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])) as picture:
             return min(picture.size)
     except Exception:  # it is named when its turn comes
-        return 0
+        return float("inf")
 
 # %% ../nbs/kit/03_data.ipynb #ee228dbe
 def _shape(column, size, channels):
@@ -693,7 +691,7 @@ class _Reader:
 # %% ../nbs/kit/03_data.ipynb #78c092df
 def _truth(dataset):
     "Labels as an int64 tensor and captions as a list, None where a dataset has none."
-    kinds, labels, captions = dataset.features, None, None
+    dataset, kinds, labels, captions = dataset.with_format(None), dataset.features, None, None
     name = next((n for n in ("label", "labels") if n in kinds), None)
     if name and not (isinstance(kinds[name], ClassLabel) or "int" in str(getattr(kinds[name], "dtype", ""))):
         raise ValueError(f"Labels must be numbers. Use dataset.class_encode_column({name!r}), or remove the column.")

@@ -315,8 +315,8 @@ def _butterfly(layer, a, u, v, r):
 
 # %% ../nbs/kit/02_garden.ipynb #4725aea6
 _PETALS = {  # number, sharpness, rings, spot size, spread of the pattern's angle
-    "daisy": (13, 1.6, 1, 0.85, 0.9), "cosmos": (8, 0.75, 1, 1.15, 0.9), "pansy": (5, 0.55, 1, 1.5, 1.2),
-    "star": (6, 1.9, 1, 1.1, 0.9), "dahlia": (10, 0.9, 2, 1.0, 0.9),
+    "daisy": (11, 1.1, 1, 0.95, 0.30), "cosmos": (8, 0.75, 1, 1.2, 0.32), "pansy": (5, 0.55, 1, 1.6, 0.45),
+    "star": (6, 1.6, 1, 1.15, 0.45), "dahlia": (9, 0.8, 2, 1.05, 0.30),
 }  # fmt: skip
 
 
@@ -346,9 +346,8 @@ def _petals(layer, a, ring, x, y, k, spin, base, accent, dark):
     edge = (0.36 + 0.62 * np.abs(np.cos(np.pi * phi)) ** sharp) * notch
     rho = r / edge
     across = phi * 2 * np.pi / count * r
-    marks = [(0.0, 0.66, 0.13 * spot), (0.0, 0.62, 0.085 * spot)]
-    if a.shape in ("cosmos", "pansy"):
-        marks += [(s * 0.10 * spot, 0.84, 0.05 * spot) for s in (-1, 1)]
+    marks = [(0.0, 0.66, 0.15 * spot), (0.0, 0.50, 0.055 * spot), (0.0, 0.88, 0.05 * spot)]
+    marks += [(s * 0.10 * spot, 0.70, 0.055 * spot) for s in (-1, 1)]
     out, theta = ((rho - 0.25) / 0.75).clip(0, 2), np.degrees(phi * 2) * spread
     colour = _mix(base * np.float32(0.78) + np.float32(0.22), base, _soft(out, 0.25, 0.6))
     colour = _pattern(a.pattern, colour, out, theta, across, r, marks, accent, dark, k)
@@ -363,7 +362,7 @@ def _flower(layer, a, u, v, r):
     "Paint a flower."
     k, base, accent = r.uniform(-1, 1, 3), _rgb(a.colour, r), _rgb(a.accent, r)
     dark = base * np.float32(0.35) + np.float32(0.02)
-    scale = 0.78 * SIZES[a.size] * r.uniform(0.95, 1.05)
+    scale = 0.88 * SIZES[a.size] * r.uniform(0.95, 1.05)
     cx, cy = r.uniform(-0.06, 0.06), 0.16 + r.uniform(-0.05, 0.05)
     _stem(layer, a, u, v, cx, cy, np.sin(np.radians(POSES[a.pose] + r.uniform(-5, 5))), k)
     x, y, spin = (u - cx) / scale, (v - cy) / scale, r.uniform(0, 2 * np.pi)

@@ -6,10 +6,12 @@
 __all__ = ['BUTTERFLIES', 'BUTTERFLIES_CARD', 'JUDGE_DOMAINS', 'GARDEN_GROUPS', 'DIGITS_TEXT', 'DIGITS_CARD', 'GARDEN_TEXT',
            'GARDEN_CARD', 'RECIPES', 'new_unet', 'butterflies_scheduler', 'draw_samples', 'nearest_distance',
            'grade_butterflies', 'butterflies_samples', 'train_butterflies', 'save_bundled', 'warp', 'roughen',
-           'JudgeBatches', 'change_digits', 'change_garden', 'pixels', 'sklearn_digits', 'digits_for_judge',
-           'train_judge_digits', 'garden_for_judge', 'train_judge_garden', 'save_judge', 'train_bundled']
+           'JudgeBatches', 'change_digits', 'recolour', 'change_garden', 'pixels', 'sklearn_digits', 'digits_for_judge',
+           'train_judge_digits', 'garden_for_judge', 'train_judge_garden', 'train_bundled']
 
 # %% ../nbs/kit/90_recipes.ipynb #a0990210
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -248,13 +250,15 @@ def roughen(
     return images + torch.randn(images.shape, generator=generator) * strength(noise)
 
 # %% ../nbs/kit/90_recipes.ipynb #a5197137
+@dataclass
 class JudgeBatches:
     """Pictures with labels that change a little each time they come; `batch(step)` depends on the seed and step only."""
 
-    def __init__(self, images, labels, change, batch_size=128, seed=0):
-        """Takes (N, C, H, W) uint8, (N,) or (N, groups) int64, and change(pictures, labels, generator) that gives both back."""
-        self.images, self.labels = torch.as_tensor(images), torch.as_tensor(labels)
-        self.change, self.batch_size, self.seed = change, batch_size, seed
+    images: torch.Tensor  # (N, C, H, W) uint8
+    labels: torch.Tensor  # (N,) or (N, groups) int64
+    change: Callable  # (pictures in [-1, 1], labels, generator) → (pictures, labels)
+    batch_size: int = 128  # pictures a batch
+    seed: int = 0  # of the order and of the changes
 
     def __len__(self):
         """Batches in an epoch."""
@@ -278,6 +282,20 @@ def change_digits(
     """What the digit judge's training pictures go through."""
     return roughen(warp(images, generator), generator), labels
 
+# %% ../nbs/kit/90_recipes.ipynb #2d06671c
+def recolour(
+    images: torch.Tensor,  # (B, 3, H, W)
+    labels: torch.Tensor,  # (B, groups) int64
+    generator: torch.Generator,  # on the CPU
+) -> tuple[torch.Tensor, torch.Tensor]:  # the pictures, and the labels with -100 where they are no longer true
+    """Swap the colour channels of half of the pictures, so that pattern and shape are not guessed from the colours."""
+    order = torch.tensor([[0, 1, 2], [1, 2, 0], [2, 0, 1], [0, 2, 1], [2, 1, 0], [1, 0, 2]])
+    which = torch.randint(1, 6, (len(images),), generator=generator)
+    which = torch.where(torch.rand(len(images), generator=generator) < 0.5, which, 0)
+    lost = torch.tensor([group in ("colour", "background") for group in GARDEN_GROUPS])
+    labels = torch.where((which > 0)[:, None] & lost, -100, labels)
+    return images[torch.arange(len(images))[:, None], order[which]], labels
+
 # %% ../nbs/kit/90_recipes.ipynb #151bd3b1
 def change_garden(
     images,  # (B, 3, 64, 64) in [-1, 1]
@@ -296,6 +314,7 @@ def change_garden(
     size = sizes[torch.randint(len(sizes), (1,), generator=generator).item()]
     if size != images.shape[-1]:
         images = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
+    images, labels = recolour(images, labels, generator)
     return roughen(images, generator), labels
 
 # %% ../nbs/kit/90_recipes.ipynb #a8785094
@@ -344,7 +363,7 @@ def train_judge_digits(
     measured = {"mnist_test": _right(judge, *digits_for_judge("test"))["digit"]}
     measured["sklearn_test"] = _right(judge, *sklearn_digits("test"))["digit"]
     if out:
-        save_judge(judge, out, DIGITS_CARD, run, measured, steps, seed)
+        _save_judge(judge, out, DIGITS_CARD, run, measured, steps, seed)
     return judge, measured
 
 # %% ../nbs/kit/90_recipes.ipynb #ab05ac31
@@ -372,8 +391,9 @@ def garden_for_judge(
 # %% ../nbs/kit/90_recipes.ipynb #d00558b7
 def train_judge_garden(
     out=None,  # folder to save the judge in; None: do not save
-    steps: int = 2500,  # optimiser steps of 128 pictures
+    steps: int = 5000,  # optimiser steps of 128 pictures
     count: int = 8000,  # training butterflies, and as many flowers
+    graded: int = 1000,  # butterflies to grade on, and as many flowers
     seed: int = 0,  # of the first weights, the order of the pictures and their changes
     checkpoints=None,  # folder for checkpoints, from which a run that was cut off goes on
 ):  # (judge, measured figures)
@@ -385,16 +405,16 @@ def train_judge_garden(
         save_every=1000,
     )  # fmt: skip
     measured = {
-        f"{split}_{size}px": _right(judge, *garden_for_judge(split, 1000, size))
+        f"{split}_{size}px": _right(judge, *garden_for_judge(split, graded, size))
         for split in ("test", "heldout")
         for size in (64, 32)
     }
     if out:
-        save_judge(judge, out, GARDEN_CARD, run, measured, steps, seed)
+        _save_judge(judge, out, GARDEN_CARD, run, measured, steps, seed)
     return judge, measured
 
 # %% ../nbs/kit/90_recipes.ipynb #10ec7fbd
-def save_judge(judge, out, card, run, measured, steps, seed):
+def _save_judge(judge, out, card, run, measured, steps, seed):
     'Save a judge; card holds the constant facts and, under "text", the card itself.'
     facts = {k: v for k, v in card.items() if k != "text"}
     save_bundled(judge.model, out, facts, card["text"], run, measured, steps, seed)
@@ -447,7 +467,7 @@ verdict = judge(pictures)
 [judge.names("colour")[i] for i in verdict["colour"]]
 ```
 
-It was trained at 32 to 64 pixels, mirrored, shifted, with noise and blur. It never saw the held-out combinations of
+It was trained at 32 to 64 pixels, mirrored, shifted, with channels swapped, noise and blur. It never saw the held-out combinations of
 colour, pattern and background, nor moonmoths. The figures under `measured` are shares of pictures read right, of 1,000
 fresh butterflies and 1,000 fresh flowers each, of trained (`test`) and held-out (`heldout`) combinations, at 64 and 32
 pixels. The pictures are drawn by this repository's own code; no other data was used."""

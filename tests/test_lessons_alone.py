@@ -111,7 +111,7 @@ def with_solutions(nb):
         text = "\n".join(c.source for c in cells if c.cell_type == "markdown")
         folded = "\n".join(re.findall(r"<details.*?</details>", text, flags=re.S))
         code = "\n".join(re.findall(r"```python\n(.*?)```", folded, flags=re.S))
-        checks = [f"assert ({c}) is not False" for c in checks_of(cells)]
+        checks = [f"assert {c}" for c in checks_of(cells)]
         solution = new_code_cell("\n".join([code, *checks]))
         nb.cells.insert(nb.cells.index(cells[-1]) + 1, solution)
         added.append(solution)

@@ -420,7 +420,7 @@ def test_a_lesson_opens_with_title_promise_badges_and_cost(path):
     text = "\n\n".join(opening)
     for name, url in notebooks.badge_urls(path).items():
         assert url in text, f"no {name} badge to {url}"
-    assert [p for p in re.split(r"\n+", opening[0] + "\n" + "\n".join(opening[1:2])) if re.match(r"[A-Z*_]", p)], (
+    assert [p for p in re.split(r"\n+", opening[0] + "\n" + "\n".join(opening[1:2])) if re.match(r"(> )?[A-Z*_]", p)], (
         "no promise"
     )
     assert re.search(r"minute", text) and re.search(r"\b[MG]B\b", text), "no measured cost (minutes, peak memory)"
@@ -477,7 +477,7 @@ def test_oldest_versions_are_those_of_settings():
 def test_the_package_imports_only_what_it_requires():
     """Nothing at import time beyond Python, the requirements and what an extra is for."""
     declared = {re.match(r"[\w-]+", n)[0].lower().replace("-", "_") for n in settings()["requirements"].split()}
-    known_as = {"scikit_learn": "sklearn", "pillow": "PIL"}
+    known_as = {"scikit_learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml"}
     allowed = {known_as.get(n, n) for n in declared} | set(sys.stdlib_module_names) | {"dm_course", "IPython"}
     wrong = []
     for path in MODULES:

@@ -36,7 +36,7 @@ class Page(HTMLParser):
 def texts(path: Path) -> list[tuple[str, str]]:
     """The Markdown texts of a file, each with where it stands."""
     if path.suffix != ".ipynb":
-        return [("", path.read_text(encoding="utf-8"))]
+        return [("", re.sub(r"\A---\n.*?\n---\n", "", path.read_text(encoding="utf-8"), flags=re.S))]  # a card's facts
     nb = read(path)
     return [(place(nb, i), c.source) for i, c in enumerate(nb.cells) if c.cell_type == "markdown"]
 
