@@ -289,7 +289,7 @@ def _enlarge(digit):
     big[top : top + ink.shape[0], left : left + ink.shape[1]] = (ink * 255).round()
     return big
 
-
+# %% ../nbs/kit/03_data.ipynb #de2b26a0
 @lru_cache
 def _read_sklearn(split):
     "scikit-learn's digits: pictures (N, 28, 28), labels, class names."

@@ -361,8 +361,8 @@ def broken(old, new):
     [
         ("check_jump(lambda x, s, t, e, k: k[t] ** 0.5 * x + (1 - k[t]) ** 0.5 * e)", "mean"),
         ("check_jump(lambda x, s, t, e, k: (k[t] / k[s]) ** 0.5 * x + (1 - k[t]) ** 0.5 * e)", "standard deviation"),
-        ("check_weight(lambda t, alphas_bar: alphas_bar[t])", "upside down"),
-        ("check_weight(lambda t, alphas_bar: 1 / (1 - alphas_bar[t]))", "belongs to ε"),
+        ("check_weight(lambda t, kept: kept[t])", "upside down"),
+        ("check_weight(lambda t, kept: 1 / (1 - kept[t]))", "belongs to ε"),
         ("check_schedule(DDPMScheduler(100))", "200 linear"),
         ("check_schedule(DDPMScheduler(200))", "too little noise"),
         ("check_schedule(DDPMScheduler(200, beta_start=0.1, beta_end=0.2))", "too fast"),
