@@ -6,7 +6,7 @@
 __all__ = ['BUTTERFLIES', 'BUTTERFLIES_CARD', 'JUDGE_DOMAINS', 'GARDEN_GROUPS', 'DIGITS_TEXT', 'DIGITS_CARD', 'GARDEN_TEXT',
            'GARDEN_CARD', 'RECIPES', 'new_unet', 'butterflies_scheduler', 'draw_samples', 'nearest_distance',
            'grade_butterflies', 'butterflies_samples', 'train_butterflies', 'save_bundled', 'warp', 'roughen',
-           'JudgeBatches', 'change_digits', 'recolour', 'change_garden', 'pixels', 'sklearn_digits', 'digits_for_judge',
+           'JudgeBatches', 'change_digits', 'recolour', 'change_garden', 'pixels', 'digits_for_judge',
            'train_judge_digits', 'garden_for_judge', 'train_judge_garden', 'train_bundled']
 
 # %% ../nbs/kit/90_recipes.ipynb #a0990210
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from .data import Batches, _read_sklearn, load_data, to_model
+from .data import Batches, load_data, sklearn_digits, to_model
 from .garden import BACKGROUNDS, COLOURS, PATTERNS, SHAPES
 from .judges import accuracy, judge_loss, load_judge, new_judge, score
 from .sampling import denoiser, diffusion_loss, sample
@@ -325,24 +325,22 @@ def pixels(
     x = torch.from_numpy(np.stack([np.asarray(picture) for picture in rows["image"]]))
     return x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2).contiguous()
 
-# %% ../nbs/kit/90_recipes.ipynb #b08dd573
-def sklearn_digits(
-    split: str,  # "train" or "test", as `load_data("digits", …)` splits them
-) -> tuple[torch.Tensor, torch.Tensor]:  # (N, 1, 28, 28) uint8 and (N,) int64
-    """scikit-learn's real digits, enlarged as the course shows them where MNIST is not to be had."""
-    images, labels, _ = _read_sklearn(split)
+# %% ../nbs/kit/90_recipes.ipynb #e0742419
+def _sklearn_tensors(split):
+    "scikit-learn's digits as (N, 1, 28, 28) uint8 and (N,) int64 tensors."
+    images, labels = sklearn_digits(split)
     return torch.from_numpy(images)[:, None], torch.from_numpy(labels).long()
 
-# %% ../nbs/kit/90_recipes.ipynb #e0742419
+
 def digits_for_judge(
     split: str,  # "train" or "test"
-    repeat: int = 4,  # how often scikit-learn's 1,503 training digits are put beside the 60,000 of MNIST
+    repeat: int = 4,  # how often scikit-learn's 1,501 training digits are put beside the 60,000 of MNIST
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (N, 1, 28, 28) uint8 and (N,) int64
     """MNIST, and among its training pictures scikit-learn's, so that the judge reads both. Needs MNIST."""
     rows = load_data("mnist", split)
     images, labels = pixels(rows), torch.tensor(rows["label"])
     if split == "train":
-        more, theirs = sklearn_digits("train")
+        more, theirs = _sklearn_tensors("train")
         images, labels = torch.cat([images, *[more] * repeat]), torch.cat([labels, *[theirs] * repeat])
     return images, labels
 
@@ -361,7 +359,7 @@ def train_judge_digits(
         save_every=1000,
     )  # fmt: skip
     measured = {"mnist_test": _right(judge, *digits_for_judge("test"))["digit"]}
-    measured["sklearn_test"] = _right(judge, *sklearn_digits("test"))["digit"]
+    measured["sklearn_test"] = _right(judge, *_sklearn_tensors("test"))["digit"]
     if out:
         _save_judge(judge, out, DIGITS_CARD, run, measured, steps, seed)
     return judge, measured
@@ -435,7 +433,7 @@ judge(pictures)["digit"]
 
 It was trained with turns, zooms, shears, shifts, noise and blur, so that it also reads samples that are not quite like
 MNIST. It always answers with one of ten digits: it has no answer for "this is no digit". The figures under `measured`
-are shares of pictures read right: of MNIST's 10,000 test pictures, and of scikit-learn's 294 test digits.
+are shares of pictures read right: of MNIST's 10,000 test pictures, and of scikit-learn's 296 test digits.
 
 MNIST is distributed under CC BY-SA 3.0, optdigits under CC BY 4.0. No picture of either is part of this folder."""
 
@@ -447,7 +445,7 @@ DIGITS_CARD = {
     "command": "dm-course zoo train judge-digits",
     "recipe": "dm_course.recipes.train_judge_digits",
     "data": "MNIST's 60,000 training pictures (LeCun, Cortes, Burges; CC BY-SA 3.0), "
-    "scikit-learn's 1,503 training digits four times (UCI optdigits; Alpaydin, Kaynak; CC BY 4.0)",
+    "scikit-learn's 1,501 training digits four times (UCI optdigits; Alpaydin, Kaynak; CC BY 4.0)",
     "text": DIGITS_TEXT,
 }
 
