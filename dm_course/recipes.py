@@ -24,7 +24,7 @@ from .garden import BACKGROUNDS, COLOURS, PATTERNS, SHAPES
 from .judges import accuracy, judge_loss, load_judge, new_judge, score
 from .sampling import denoiser, diffusion_loss, sample
 from .settings import choose
-from .training import train
+from .training import autocast, train
 from .zoo import save_half, seal, write_card
 
 # %% ../nbs/kit/90_recipes.ipynb #5f8973d1
@@ -94,12 +94,13 @@ def nearest_distance(
 # %% ../nbs/kit/90_recipes.ipynb #2f531921
 def grade_butterflies(
     pipeline: DDPMPipeline,  # to be graded
-    count: int = 2000,  # samples, and as many fresh pictures, twice
+    count: int = 1000,  # samples, and as many fresh pictures, twice
     steps: int = 40,  # DDIM steps
     training: int = BUTTERFLIES,  # training pictures to look for copies in
 ) -> dict:  # the figures of the card
     "Grade samples: distance to fresh pictures with its floor, and nearness to training pictures."
-    samples = draw_samples(pipeline, count, steps)
+    with autocast(pipeline.unet.device):
+        samples = draw_samples(pipeline, count, steps).float()
     fresh = Batches(load_data("butterflies", "test", count=2 * count, size=32), batch_size=1).images
     real, again = to_model(fresh[:count]), to_model(fresh[count:])
     found = score(load_judge("judge-garden"), samples, real, again)
@@ -144,7 +145,7 @@ def train_butterflies(
     seed: int = 0,  # of first weights, order and noise
     checkpoints: str | Path | None = None,  # folder for checkpoints, from which a stopped run goes on
     count: int = BUTTERFLIES,  # training pictures
-    graded: int = 2000,  # samples to grade
+    graded: int = 1000,  # samples to grade
 ):  # (pipeline, measured figures)
     "Train `butterflies-32` from nothing, and grade it."
     scheduler = butterflies_scheduler()
