@@ -79,9 +79,9 @@ def to_size(
 def run_network(
     model,  # a ResNetForImageClassification
     images: torch.Tensor,  # (N, C, H, W) in [-1, 1]
-    what: str = "logits",  # "logits", (N, classes); or "features", (N, D)
+    stage: int | None = None,  # None: the logits; 0, 1, … or -1: the outputs of a stage, averaged over the picture
     batch_size: int = 256,  # pictures at a time
-) -> torch.Tensor:  # float32, on the CPU
+) -> torch.Tensor:  # (N, classes or channels) float32, on the CPU
     """Run a judge's network without gradients, in evaluation mode, and leave its mode as it was."""
     images, found, was_training = checked_pictures(images, model.config.num_channels), [], model.training
     model.eval()
@@ -89,7 +89,8 @@ def run_network(
         with torch.no_grad():
             for batch in images.split(batch_size):
                 x = to_size(batch.to(model.device), model.config.image_size)
-                y = model(x).logits if what == "logits" else model.base_model(x).pooler_output.flatten(1)
+                y = model(x, output_hidden_states=True)
+                y = y.logits if stage is None else y.hidden_states[1:][stage].mean((2, 3))
                 found.append(y.float().cpu())
     finally:
         model.train(was_training)
@@ -113,9 +114,9 @@ class Judge:
         """How likely the judge finds each class of each group."""
         return {g: x.softmax(1) for g, x in by_group(self.groups, run_network(self.model, images)).items()}
 
-    def features(self, images) -> torch.Tensor:  # (N, D)
-        """The pictures as points: the outputs of the network's last stage, averaged over the picture."""
-        return run_network(self.model, images, "features")
+    def features(self, images, stage: int = -1) -> torch.Tensor:  # (N, D)
+        """The pictures as points: the outputs of a stage of the network, the last or an earlier one, averaged."""
+        return run_network(self.model, images, stage)
 
     def names(self, group: str) -> list[str]:
         """The classes of a group; a ValueError for an unknown group."""
@@ -317,14 +318,15 @@ def score(
     real_again: torch.Tensor,  # other real pictures, or their features
     resamples: int = 200,  # bootstrap draws for the interval
     splits: int = 20,  # ways to split the real pictures for the floors
-    seed: int = 0,  # of both
+    seed: int = 0,  # of resamples and splits
+    stage: int = -1,  # whose outputs are the features: -1, the last, for content; 0, the first, for texture
 ) -> Score:
     """Compare samples with real pictures: distances with their n, their floors and an interval.
 
     Of each set the first n are used, n being the length of the shortest.
     Raises ValueError for pictures or features that can't be judged.
     """
-    sets = [x if getattr(x, "ndim", 0) == 2 else judge.features(x) for x in (samples, real, real_again)]
+    sets = [x if getattr(x, "ndim", 0) == 2 else judge.features(x, stage) for x in (samples, real, real_again)]
     n = min(len(x) for x in sets)
     samples, real, real_again = (torch.as_tensor(x)[:n].double().cpu() for x in sets)
     both, g = torch.cat([real, real_again]), torch.Generator().manual_seed(seed)

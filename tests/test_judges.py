@@ -74,6 +74,14 @@ def test_verdict_probabilities_and_features_fit_together(trained):
     assert torch.allclose(logits[:, :3].softmax(1), p["colour"], atol=1e-5)
 
 
+def test_features_of_each_stage(trained):
+    images, _ = painted(6, size=32)  # what the network takes as it is
+    assert [trained.features(images, stage).shape[1] for stage in (0, 1, 2, -1)] == [8, 16, 16, 16]
+    with torch.no_grad():
+        pooled = trained.model.base_model(images.to(trained.model.device)).pooler_output.flatten(1).cpu()
+    assert torch.allclose(trained.features(images), pooled, atol=1e-5)
+
+
 def test_a_verdict_depends_neither_on_the_batch_nor_on_the_mode_and_changes_neither(trained):
     images, _ = painted(300)
     one_by_one = torch.cat([trained.features(x[None]) for x in images[:3]])
@@ -276,6 +284,8 @@ def test_score_takes_pictures(trained):
     by_features = score(trained, *(trained.features(x) for x in sets), resamples=10)
     assert by_pictures == by_features
     assert score(trained, sets[0].flip(1), *sets[1:], resamples=10).n == 60
+    first = score(trained, *(trained.features(x, 0) for x in sets), resamples=10)
+    assert score(trained, *sets, resamples=10, stage=0) == first != by_pictures
     with pytest.raises(ValueError, match="NaN or infinity"):
         score(trained, sets[0] * torch.nan, *sets[1:])
 
