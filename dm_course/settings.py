@@ -139,7 +139,7 @@ def data_dir() -> Path | None:  # an existing folder, or None where the variable
     raise ValueError(f"DM_COURSE_DATA names {asked!r}, and no such folder is found from {here} upwards.")
 
 # %% ../nbs/kit/00_settings.ipynb #1d2fb6f1
-def offline() -> bool:
+def offline() -> bool:  # True: nothing may be fetched
     """Whether the user forbids the network, by `DM_COURSE_OFFLINE=1` or `HF_HUB_OFFLINE=1`."""
     no = {"", "0", "false", "no", "off"}
     return any(os.environ.get(k, "").strip().lower() not in no for k in ("DM_COURSE_OFFLINE", "HF_HUB_OFFLINE"))
@@ -279,7 +279,7 @@ def watch_memory(
 @contextmanager
 def measure(
     device=None,  # a torch.device or its name; None: `pick_device()`
-):
+):  # a context manager that gives a Measurement
     """Measure the time and the peak memory of the block under `with measure() as cost:`."""
     device = torch.device(device) if device is not None else pick_device()
     sync(device)

@@ -81,7 +81,7 @@ def sha256(
 # %% ../nbs/kit/04_zoo.ipynb #fec7ad26
 def as_plain(
     value,  # dicts, lists, tuples, strings, numbers, and NumPy's and torch's numbers and arrays
-):
+):  # the same in dicts, lists, strings, numbers and None
     """Turn figures into plain Python for JSON and YAML; a number that is not finite becomes None."""
     if isinstance(value, dict):
         return {str(k): as_plain(v) for k, v in value.items()}

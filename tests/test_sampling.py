@@ -227,7 +227,7 @@ def test_noise_is_scaled_once_and_the_model_always_sees_unit_variance():
     for make in (DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler):
         scheduler, first = make(**COSINE), []
         sample(oracle(picture(), scheduler), scheduler, noise(2, 3, 64, 64)[..., :8, :8], 10,
-               callback=lambda i, t, x, x0: first.append(x.std().item()))  # fmt: skip
+               callback=lambda i, t, x, x0, first=first: first.append(x.std().item()))  # fmt: skip
         assert 0.8 < first[0] < 1.2
 
 
