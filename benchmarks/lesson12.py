@@ -15,8 +15,11 @@ an hour on two cores.
 import argparse
 import base64
 import io
+import os
 import time
 from functools import partial
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a thread that waits shall sleep, else its waiting counts
 
 import torch
 from diffusers import (

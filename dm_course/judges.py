@@ -320,7 +320,7 @@ def score(
     splits: int = 20,  # ways to split the real pictures for the floors
     seed: int = 0,  # of resamples and splits
     stage: int = -1,  # whose outputs are the features: -1, the last, for content; 0, the first, for texture
-) -> Score:
+) -> Score:  # print it
     """Compare samples with real pictures: distances with their n, their floors and an interval.
 
     Of each set the first n are used, n being the length of the shortest.
