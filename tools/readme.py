@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from nbconvert import MarkdownExporter
-from nbconvert.preprocessors import ExtractOutputPreprocessor, Preprocessor
+from nbconvert.preprocessors import Preprocessor
 from notebooks import NBS, ROOT, directives, read
 
 PICTURES = "nbs/images"  # where pictures that the index's own cells made are kept
@@ -44,10 +44,8 @@ def from_root(text: str) -> str:
 
 def readme() -> tuple[str, dict[str, bytes]]:
     """The page's text and the pictures that belong to it, by their path."""
-    exporter = MarkdownExporter()
+    exporter = MarkdownExporter()  # it takes pictures out into files by itself
     exporter.register_preprocessor(ForReadme(), enabled=True)
-    pictures = ExtractOutputPreprocessor(output_filename_template="{unique_key}_{cell_index}_{index}{extension}")
-    exporter.register_preprocessor(pictures, enabled=True)
     resources = {"unique_key": "readme", "output_files_dir": PICTURES}
     text, resources = exporter.from_notebook_node(read(NBS / "index.ipynb"), resources)
     text = re.sub(r"```python\s*```", "", text)
