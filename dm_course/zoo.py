@@ -238,8 +238,7 @@ def save_half(
         forget_paths(Path(tmp) / folder.name)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(Path(tmp) / folder.name, folder)
-    for file in folder.rglob("*.*"):
-        file.chmod(0o644)  # safetensors writes files that others may not read
+    [file.chmod(0o644) for file in folder.rglob("*.*")]  # safetensors writes files that others may not read
     return folder
 
 # %% ../nbs/kit/04_zoo.ipynb #d298f575
