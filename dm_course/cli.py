@@ -22,7 +22,7 @@ from .plotting import image_grid
 from .recipes import RECIPES, butterflies_scheduler, draw_samples, new_unet, train_bundled
 from .sampling import diffusion_loss
 from .settings import cache_dir, data_dir, offline, online, pick_device, usable_cores
-from .training import PRECISIONS, TRACKERS, TrainingOptions, check_options, predict_memory, train
+from .training import OPTIMIZERS, PRECISIONS, TRACKERS, TrainingOptions, check_options, predict_memory, train
 from .zoo import card, load, models, verify, write_card
 
 # %% ../nbs/kit/92_cli.ipynb #0d5bd82a
@@ -107,7 +107,8 @@ def add_train(
     p.add_argument("--steps", type=int, default=1000, help="optimiser steps")
     p.add_argument("--batch-size", type=int, default=32, help="pictures a batch, in each process")
     p.add_argument("--accumulate", type=int, default=1, help="batches for one optimiser step")
-    p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    p.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
+    p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate; about 3e-3 for Muon")
     p.add_argument("--ema", type=float, default=0.995, help="decay of the average of the weights; 0 for none")
     p.add_argument("--precision", choices=PRECISIONS, default="auto")
     p.set_defaults(run=run_train)

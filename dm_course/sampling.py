@@ -55,7 +55,7 @@ def _divide(
     Raises ValueError where a divisor is 0.
     """
     if bool((by == 0).any()):
-        raise ValueError(f"a prediction of type {source!r} says nothing about x_0 and ε apart at ᾱ = 0 or 1; use v")
+        raise ValueError(f"a prediction of type {source!r} can't tell x_0 from ε at ᾱ = 0 or 1; use v")
     return x / by
 
 # %% ../nbs/unit1/11_introduction_to_diffusers.ipynb #u11convert
@@ -126,9 +126,9 @@ def _begin(
         raise ValueError(f"x must be float noise of variance 1, not {x.dtype}")
     scheduler = copy.deepcopy(scheduler)
     _set_timesteps(scheduler, steps, x.device)
-    known = [p for p in inspect.signature(scheduler.step).parameters if p not in ("return_dict", "generator")][3:]
-    for argument in step_kwargs:
-        choose(argument, known, f"argument of {name}.step")
+    known = [p for p in inspect.signature(scheduler.step).parameters if p not in ("return_dict", "generator")]
+    for argument in step_kwargs:  # after prediction, t and x, which the loop gives
+        choose(argument, known[3:], f"argument of {name}.step")
     if "generator" in inspect.signature(scheduler.step).parameters:
         step_kwargs = {**step_kwargs, "generator": generator}
     return scheduler, x * getattr(scheduler, "init_noise_sigma", 1.0), step_kwargs

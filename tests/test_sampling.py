@@ -59,9 +59,9 @@ def test_convert_v_works_at_both_ends_and_the_others_say_where_they_cannot():
     x0, epsilon = picture(), noise(2, 3, 8, 8)
     assert torch.equal(convert(-x0, epsilon, 0.0, "v_prediction", "sample"), x0)  # pure noise: v = -x_0
     assert torch.equal(convert(epsilon, x0, 1.0, "v_prediction", "epsilon"), epsilon)  # no noise: v = ε
-    with pytest.raises(ValueError, match="'epsilon' says nothing"):
+    with pytest.raises(ValueError, match="'epsilon' can't tell"):
         convert(epsilon, epsilon, 0.0, "epsilon", "sample")
-    with pytest.raises(ValueError, match="'sample' says nothing"):
+    with pytest.raises(ValueError, match="'sample' can't tell"):
         convert(x0, x0, torch.tensor([1.0, 0.5]).reshape(2, 1, 1, 1), "sample", "v_prediction")
 
 

@@ -14,6 +14,7 @@ from dm_course.training import (
     check_options,
     first_bad_tensor,
     learning_rate,
+    new_optimizer,
     predict_memory,
     step_seed,
     train,
@@ -52,7 +53,15 @@ def weights(run):
 QUIET = dict(progress=False, lr=3e-3)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(ema=0.9, accumulate=2), dict(precision="bf16", schedule="linear")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(ema=0.9, accumulate=2),
+        dict(precision="bf16", schedule="linear"),
+        dict(optimizer="muon", ema=0.9, precision="bf16"),
+    ],
+)
 def test_stopped_run_goes_on_bit_for_bit(tmp_path, options):
     whole = train(small_net(), noisy_loss, Points(), steps=12, **options, **QUIET)
 
@@ -212,9 +221,27 @@ def test_wrong_options_are_explained():
             check_options(**bad)
     with pytest.raises(ValueError, match="tensorboard"):
         check_options(steps=1, tracker="tensorbord")
+    with pytest.raises(ValueError, match="muon"):
+        check_options(steps=1, optimizer="moon")
     frozen = small_net().requires_grad_(False)
     with pytest.raises(ValueError, match="no trainable parameter"):
         train(frozen, noisy_loss, Points(), steps=1, **QUIET)
+
+
+def test_muon_steps_are_as_the_paper_says():
+    """One step without momentum: the singular values of the update are all near one another, its size is lr-like."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.zeros(16, 4, 3, 3))
+    bias = nn.Parameter(torch.zeros(16))
+    weight.grad, bias.grad = torch.randn(16, 4, 3, 3), torch.randn(16)
+    weight.grad *= torch.logspace(0, -1, 16)[:, None, None, None]
+    new_optimizer([weight, bias], check_options(steps=1, optimizer="muon", lr=1e-2)).step()
+    values = torch.linalg.svdvals(weight.detach().flatten(1))
+    assert values[0] < 3 * values[-1]
+    assert 0.1 * 1e-2 < weight.detach().square().mean().sqrt() < 1e-2  # as large as a step of AdamW, or a fifth of it
+    assert torch.allclose(
+        bias.detach().abs(), torch.full((16,), 3e-3), rtol=1e-2
+    )  # the first step of AdamW is its rate
 
 
 def test_seeds_differ_between_steps_ranks_and_pieces():

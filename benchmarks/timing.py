@@ -1,0 +1,28 @@
+"""Equal computing time: what the benchmarks count, and how many training steps fit into it."""
+
+import os
+import time
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a thread that waits shall sleep, else its waiting counts
+
+import torch
+
+from dm_course.settings import sync
+
+GPU = torch.accelerator.is_available()
+THREADS = 1 if GPU else torch.get_num_threads()
+
+
+def clock():
+    """Seconds of computing, of all threads together; on a GPU, of the clock."""
+    if GPU:
+        sync()
+    return time.perf_counter() if GPU else time.process_time()
+
+
+def steps_for(seconds, train):
+    """How many steps `train(steps)` can take in a time (on a quiet machine), by trying a few."""
+    train(2)  # warms up
+    begin = clock()
+    train(6)
+    return max(2, round(seconds * THREADS * 6 / (clock() - begin)))
