@@ -53,6 +53,8 @@ def _install_guard(show_others=warnings.showwarning):
     warnings.showwarning = show
     for kind in kinds:
         warnings.simplefilter("always", kind)
+    # NumPy 2.4 deprecates how torch hands over arrays: a matter between the two, seen inside diffusers' schedulers.
+    warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning, "diffusers")
 
 
 _install_guard()

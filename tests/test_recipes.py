@@ -22,7 +22,7 @@ from dm_course.zoo import card, load, models, verify
 def small_recipe(monkeypatch):
     "The butterfly recipe with few pictures and a narrow network: the same code, for a test's patience."
     wide = new_unet
-    monkeypatch.setattr(recipes, "new_unet", lambda seed=0: wide(widths=(16, 16, 16), seed=seed))
+    monkeypatch.setattr(recipes, "new_unet", lambda widths, seed: wide(widths=(16, 16, 16), seed=seed))
     train = recipes.train_butterflies
     monkeypatch.setitem(RECIPES, "butterflies-32", lambda **k: train(count=64, graded=70, **k))
 
