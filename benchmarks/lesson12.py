@@ -13,8 +13,6 @@ an hour on two cores.
 """
 
 import argparse
-import base64
-import io
 import time
 from functools import partial
 
@@ -34,7 +32,7 @@ from diffusers import (
 
 from dm_course.data import Batches, load_data
 from dm_course.judges import frechet_distance, load_judge, score
-from dm_course.plotting import image_grid
+from dm_course.plotting import image_grid, picture_to_text
 from dm_course.sampling import denoiser, diffusion_loss, sample
 from dm_course.scratch import BasicUNet, TimedUNet, min_snr_weight, mixing_loss, p2_weight, sample_by_mixing
 from dm_course.settings import choose, start
@@ -203,9 +201,8 @@ def samplers(bench):
     facts, run, images = bench.variant(
         partial(seeded, TimedUNet), loss_fn, ddim_way(bench, v), 5 * bench.args.seconds, optimizer="muon", lr=3e-3
     )
-    png = io.BytesIO()
-    image_grid(images[:36], columns=12, scale=2).quantize(32).save(png, "PNG", optimize=True)
-    bench.figures["finished"] = facts | {"png": base64.b64encode(png.getvalue()).decode()}
+    sheet = image_grid(images[:36], columns=12, scale=2)
+    bench.figures["finished"] = facts | {"png": picture_to_text(sheet, 32)}
     model_fn, few = denoiser(run.model), min(64, bench.n)
     z, real = bench.noise, bench.real_features
     make = partial(schedule, "v_prediction", clip_sample=False)

@@ -6,9 +6,10 @@
 __all__ = ['CYCLE', 'INK', 'FAINT', 'STYLE', 'BARE', 'to_channels_last', 'to_pil', 'as_pictures', 'resized', 'image_grid',
            'line_width', 'text_width', 'wrap_label', 'write_over', 'picture_table', 'show_images', 'as_rows',
            'show_strip', 'show_pairs', 'PaletteCanvas', 'finished', 'as_numbers', 'as_curve', 'add_curve',
-           'plot_curves', 'smoothed', 'plot_losses', 'plot_table']
+           'plot_curves', 'smoothed', 'plot_losses', 'plot_table', 'as_table', 'picture_to_text', 'picture_from_text']
 
 # %% ../nbs/kit/01_plotting.ipynb #3642373a
+import base64
 import io
 import math
 from functools import lru_cache
@@ -16,6 +17,7 @@ from functools import lru_cache
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from IPython.display import Markdown
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
@@ -43,7 +45,8 @@ STYLE = {
     "xtick.color": INK,
     "ytick.color": INK,
     "lines.linewidth": 1.6,
-    "legend.frameon": False,
+    "legend.framealpha": 0.85,  # curves that pass behind it don't make it unreadable
+    "legend.edgecolor": "none",
 }
 
 # %% ../nbs/kit/01_plotting.ipynb #447b3f83
@@ -475,3 +478,32 @@ def plot_table(
         ax.set_yticks(range(len(rows)), rows)
         ax.set(xlabel=xlabel, ylabel=ylabel, title=title or "")
     return finished(fig)
+
+# %% ../nbs/kit/01_plotting.ipynb #01table
+def as_table(
+    columns,  # their names
+    rows,  # for each row its entries, of any type
+) -> Markdown:  # a cell that ends with it shows it
+    """Set a table. Raises ValueError for a row with more or fewer entries than columns."""
+    rows = [tuple(row) for row in rows]
+    if wrong := [row for row in rows if len(row) != len(columns)]:
+        raise ValueError(f"there are {len(columns)} columns, and this row has {len(wrong[0])} entries: {wrong[0]}")
+    lines = [columns, ["---"] * len(columns), *rows]
+    return Markdown("\n".join(f"| {' | '.join(map(str, line))} |" for line in lines))
+
+# %% ../nbs/kit/01_plotting.ipynb #01text
+def picture_to_text(
+    picture: Image.Image,  # any
+    colours: int = 256,  # of the palette, 2 to 256: fewer make it shorter
+) -> str:  # a PNG, in base64
+    """Write a picture as text."""
+    file = io.BytesIO()
+    picture.convert("RGB").quantize(colours).save(file, "PNG", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def picture_from_text(
+    text: str,  # what `picture_to_text` gave
+) -> Image.Image:  # RGB
+    """Read a picture that was written as text."""
+    return Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")

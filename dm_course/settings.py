@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCALES', 'choose', 'pick_device', 'pick_dtype', 'usable_cores', 'cache_dir', 'data_dir', 'offline', 'knock',
            'in_time', 'online', 'sync', 'Measurement', 'memory_used', 'peak_memory', 'watch_memory', 'measure',
-           'Course', 'course_line', 'start']
+           'Course', 'course_line', 'start', 'verdict', 'tried']
 
 # %% ../nbs/kit/00_settings.ipynb #9ac4c5af
 import base64
@@ -368,3 +368,29 @@ def start(
     if os.environ.get("RANK", "0") == "0":  # one voice under `accelerate launch`
         print(course_line(course))
     return course
+
+# %% ../nbs/kit/00_settings.ipynb #00verdict
+def verdict(
+    problem: str | None,  # what is off; None: nothing
+) -> bool:  # whether all is right
+    """Say how an exercise went."""
+    print("Right." if problem is None else f"Not yet: {problem}")
+    return problem is None
+
+
+def tried(
+    function,  # a learner's
+    *args,  # to call it with
+    shape=None,  # what the answer should be shaped like; None: no matter
+):  # (answer, None), or (None, what is off)
+    """Call a learner's function; an error, nothing at all or another shape becomes a sentence."""
+    try:
+        answer = function(*args)
+    except Exception as error:
+        return None, f"your function raises {type(error).__name__}: {error}"
+    if answer is None:
+        return None, "your function gives None"
+    found = tuple(getattr(answer, "shape", ()))
+    if shape is not None and found != tuple(shape):
+        return None, f"what comes out should be shaped {tuple(shape)}, not {found}"
+    return answer, None

@@ -13,7 +13,10 @@ from PIL import Image
 
 from dm_course import plotting
 from dm_course.plotting import (
+    as_table,
     image_grid,
+    picture_from_text,
+    picture_to_text,
     plot_curves,
     plot_losses,
     plot_table,
@@ -266,3 +269,15 @@ def test_line_figures_are_small_and_open_in_any_viewer():
     assert len(file.getvalue()) < min(30_000, 0.6 * len(plain.getvalue()))
     picture = Image.open(file)
     assert picture.mode == "P" and picture.width > 700 and picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_table_has_as_many_entries_as_columns():
+    assert as_table(["a"], [[1], ["x"]]).data.splitlines() == ["| a |", "| --- |", "| 1 |", "| x |"]
+    with pytest.raises(ValueError, match="2 columns.*3 entries"):
+        as_table(("a", "b"), [(1, 2), (1, 2, 3)])
+
+
+def test_a_picture_survives_as_text():
+    picture = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3) * 5)
+    assert picture_from_text(picture_to_text(picture)).tobytes() == picture.tobytes()
+    assert len(picture_from_text(picture_to_text(picture, 4)).getcolors()) <= 4

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dm_course import settings
-from dm_course.settings import Course, choose, measure, online, start
+from dm_course.settings import Course, choose, measure, online, start, tried, verdict
 
 REPO = Path(__file__).parents[1]
 VARIABLES = ("SCALE", "DEVICE", "DATA", "CACHE", "OFFLINE")
@@ -377,3 +377,13 @@ def test_nothing_here_warns():
         warnings.simplefilter("error")
         start()
         settings.usable_cores(), settings.pick_dtype(), settings.cache_dir()
+
+
+def test_a_learners_function_never_ends_in_a_traceback(capsys):
+    assert tried(lambda x: x + 1, 1) == (2, None)
+    answer, problem = tried(lambda x: x + 1, "a")
+    assert answer is None and "TypeError" in problem
+    assert tried(lambda: None)[1] == "your function gives None"
+    assert tried(torch.zeros, 2, shape=(3,))[1] == "what comes out should be shaped (3,), not (2,)"
+    assert verdict(None) and not verdict("no")
+    assert capsys.readouterr().out == "Right.\nNot yet: no\n"
