@@ -144,7 +144,7 @@ def butterflies_samples(
 # %% ../nbs/kit/90_recipes.ipynb #f1fa3b6b
 def train_butterflies(
     out: str | Path | None = None,  # folder to save the pipeline in; None does not save
-    steps: int = 12_000,  # optimiser steps of 32 pictures
+    steps: int = 8_500,  # optimiser steps of 32 pictures
     seed: int = 0,  # of first weights, order and noise
     checkpoints: str | Path | None = None,  # folder for checkpoints, from which a stopped run goes on
     count: int = BUTTERFLIES,  # training pictures

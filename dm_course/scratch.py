@@ -15,7 +15,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 
 from .sampling import alpha_bar
-from .settings import choose
+from .settings import choose, tried, verdict
 
 # %% ../nbs/unit1/12_diffusion_from_scratch.ipynb #u12corrupt
 def corrupt(
@@ -204,21 +204,6 @@ class TimedUNet(BasicUNet):
         t = torch.as_tensor(t, device=h.device).reshape(-1).expand(len(h))
         return h + self.says[i](get_timestep_embedding(t, self.waves))[:, :, None, None]
 
-# %% ../nbs/unit1/12_diffusion_from_scratch.ipynb #u12verdict
-def _verdict(problem):
-    "Say what is off, or that all is right; returns whether it is."
-    print("Right." if problem is None else f"Not yet: {problem}")
-    return problem is None
-
-
-def _try(function, *args):
-    "What a function gives, and None; or None, and what is off."
-    try:
-        answer = function(*args)
-    except Exception as error:
-        return None, f"your function raises {type(error).__name__}: {error}"
-    return answer, "your function gives None" if answer is None else None
-
 # %% ../nbs/unit1/12_diffusion_from_scratch.ipynb #u12ex1check
 def check_parameter_count(
     function,  # parameter_count(widths) -> number of parameters of BasicUNet(widths=widths)
@@ -226,7 +211,7 @@ def check_parameter_count(
     """Check exercise 1 of lesson 12: counting parameters; says what is off."""
     for widths in ((32, 64, 64), (16, 32, 32), (3, 5, 7)):
         right = sum(p.numel() for p in BasicUNet(widths=widths).parameters())
-        answer, problem = _try(function, widths)
+        answer, problem = tried(function, widths)
         if problem is None and not isinstance(answer, int):
             problem = f"a number should come out, not {answer!r}"
         if problem is None and answer != right:
@@ -237,8 +222,8 @@ def check_parameter_count(
             )
             problem = f"for {widths} you say {answer:,}, and it has {right:,}{hint}"
         if problem:
-            return _verdict(problem)
-    return _verdict(None)
+            return verdict(problem)
+    return verdict(None)
 
 # %% ../nbs/unit1/12_diffusion_from_scratch.ipynb #u12ex2check
 def check_restore(
@@ -255,14 +240,14 @@ def check_restore(
     want = x = corrupt(x0, 0.6, u)
     for i in range(3):
         want = want + (0.5 * x0 + 0.1 * want - want) / (3 - i)
-    answer, problem = _try(function, half_right, x, 0.6, 3)
+    answer, problem = tried(function, half_right, x, 0.6, 3)
     if problem is None and told != [0.6, 0.4, 0.2]:
         problem = f"from 0.6 in 3 steps the model should be asked at 0.6, 0.4 and 0.2; it was asked at {told}"
     if problem is None and (not torch.is_tensor(answer) or answer.shape != x.shape):
         problem = f"pictures should come out, shaped {tuple(x.shape)}"
     if problem is None and not torch.allclose(answer, want, atol=1e-5):
         problem = "the amounts are right, the pictures are not: how much of the way to the answer is one step?"
-    return _verdict(problem)
+    return verdict(problem)
 
 # %% ../nbs/unit1/12_diffusion_from_scratch.ipynb #u12ex3check
 def check_truncated_snr_weight(
@@ -272,7 +257,7 @@ def check_truncated_snr_weight(
     t = torch.arange(0, 1000, 37)
     for kind in ("sample", "epsilon", "v_prediction"):
         scheduler = DDIMScheduler(prediction_type=kind)
-        answer, problem = _try(lambda s: function(s)(t), scheduler)
+        answer, problem = tried(lambda s: function(s)(t), scheduler)
         if problem is None and getattr(answer, "shape", None) != t.shape:
             problem = f"for t of shape {tuple(t.shape)} there should be one weight each"
         if problem is None:
@@ -281,8 +266,8 @@ def check_truncated_snr_weight(
             if not torch.allclose(on_x0, want, rtol=1e-3):
                 problem = f"{kind}: at t = {t[i]} an error of x_0 counts {on_x0[i]:.3g} times, not {want[i]:.3g} times"
         if problem:
-            return _verdict(problem)
-    return _verdict(None)
+            return verdict(problem)
+    return verdict(None)
 
 # %% ../nbs/unit1/12_diffusion_from_scratch.ipynb #u12ex4check
 def check_heun(
@@ -297,14 +282,14 @@ def check_heun(
 
     for steps in (10, 20, 40):
         calls.clear()
-        answer, problem = _try(function, best, x, steps)
+        answer, problem = tried(function, best, x, steps)
         if problem is None and len(calls) != 2 * steps - 1:
             problem = f"{steps} steps should take {2 * steps - 1} looks, the last step only one, not {len(calls)}"
         if problem is None and not (torch.is_tensor(answer) and answer.shape == x.shape):
             problem = f"pictures should come out, shaped {tuple(x.shape)}"
         if problem:
-            return _verdict(problem)
+            return verdict(problem)
         errors.append((answer - x / 2).abs().max().item())
     good = errors[2] < 0.3 * errors[1] < 0.09 * errors[0] and errors[0] < 0.1
     seen = ", ".join(f"{e:.4f}" for e in errors)
-    return _verdict(None if good else f"at 10, 20, 40 steps the error should fall by four each time; yours: {seen}")
+    return verdict(None if good else f"at 10, 20, 40 steps the error should fall by four each time; yours: {seen}")
