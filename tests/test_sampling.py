@@ -338,7 +338,7 @@ def test_every_exercise_has_a_solution_and_a_checker(checkers):
 @pytest.mark.parametrize("number", range(4))
 def test_the_folded_solution_is_right(number, checkers, capsys):
     assert last_value(solutions()[number], dict(checkers)) is True
-    assert capsys.readouterr().out == "Right!\n"
+    assert capsys.readouterr().out == "Right.\n"
 
 
 def test_the_stubs_are_told_that_they_are_not_right_yet(checkers, capsys):
