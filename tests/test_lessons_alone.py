@@ -110,11 +110,8 @@ def with_solutions(nb):
     added = []
     for name in notebooks.exercises(nb):
         cells = notebooks.under(nb, name)
-        text = "\n".join(c.source for c in cells if c.cell_type == "markdown")
-        folded = "\n".join(re.findall(r"<details.*?</details>", text, flags=re.S))
-        code = "\n".join(re.findall(r"```python\n(.*?)```", folded, flags=re.S))
         checks = [f"assert {c}" for c in checks_of(cells)]
-        solution = new_code_cell("\n".join([code, *checks]))
+        solution = new_code_cell("\n".join([notebooks.solution(nb, name), *checks]))
         nb.cells.insert(nb.cells.index(cells[-1]) + 1, solution)
         added.append(solution)
     return added

@@ -1,10 +1,9 @@
 """Module `sampling`: conversions, the loss, and one loop over every scheduler."""
 
 import ast
-import json
 import re
-from pathlib import Path
 
+import notebooks
 import pytest
 import torch
 from diffusers import (
@@ -297,21 +296,16 @@ def test_bad_arguments_are_named():
 
 # --- lesson 11: its exercises
 
-LESSON = Path(__file__).parents[1] / "nbs" / "unit1" / "11_introduction_to_diffusers.ipynb"
-
-
-def cells_of(kind):
-    cells = json.loads(LESSON.read_text(encoding="utf-8"))["cells"]
-    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == kind]
+LESSON = notebooks.read(notebooks.ROOT / "nbs" / "unit1" / "11_introduction_to_diffusers.ipynb")
 
 
 @pytest.fixture(scope="module")
 def checkers():
     """The names that an exercise may use: the lesson's imports, its exports, and its checkers."""
     space = dict(vars(dm_course.sampling))
-    code = [c for c in cells_of("code") if "#| default_exp" not in c]
+    code = [c.source for c in notebooks.code_cells(LESSON) if "#| default_exp" not in c.source]
     for cell in code:
-        if re.match(r"(#\|.*\n)*(import|from) ", cell) or re.match(r"def (verdict|check_)", cell):
+        if re.match(r"(#\|.*\n)*(import|from) ", cell) or re.match(r"def check_", cell):
             exec(cell, space)
     return space
 
@@ -325,8 +319,7 @@ def last_value(code, space):
 
 
 def solutions():
-    folded = re.findall(r"<details>.*?</details>", "\n".join(cells_of("markdown")), re.DOTALL)
-    return [code for fold in folded for code in re.findall(r"```python\n(.*?)```", fold, re.DOTALL)]
+    return [notebooks.solution(LESSON, name) for name in notebooks.exercises(LESSON)]
 
 
 def test_every_exercise_has_a_solution_and_a_checker(checkers):

@@ -245,11 +245,8 @@ def solutions():
     nb = notebooks.read(LESSON)
     for name in notebooks.exercises(nb):
         cells = notebooks.under(nb, name)
-        text = "\n".join(c.source for c in cells if c.cell_type == "markdown")
-        folded = "\n".join(re.findall(r"<details.*?</details>", text, flags=re.S))
-        code = "\n".join(re.findall(r"```python\n(.*?)```", folded, flags=re.S))
         stubs = [c for c in cells if c.cell_type == "code" and not notebooks.exports(c)]
-        yield pytest.param(code, stubs[-1].source, id=name.partition(":")[0])
+        yield pytest.param(notebooks.solution(nb, name), stubs[-1].source, id=name.partition(":")[0])
 
 
 @pytest.mark.parametrize(("solution", "stub"), list(solutions()))

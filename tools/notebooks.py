@@ -135,6 +135,13 @@ def exercises(nb) -> list[str]:
     return [h for h in every if re.match(r"Exercise\b", h)]
 
 
+def solution(nb, exercise: str) -> str:
+    """The code in an exercise's folded solution."""
+    text = "\n".join(c.source for c in under(nb, exercise) if c.cell_type == "markdown")
+    folded = "\n".join(re.findall(r"<details.*?</details>", text, flags=re.S))
+    return "\n".join(re.findall(r"```python\n(.*?)```", folded, flags=re.S))
+
+
 def place(nb, index: int) -> str:
     """Where in a notebook a cell stands, for messages: its position, id and the heading above it."""
     above = [h for c in nb.cells[: index + 1] if c.cell_type == "markdown" for h in headings(c.source)]
