@@ -85,7 +85,7 @@ def step_seed(
     micro: int = 0,  # which batch of the accumulated ones
 ) -> int:  # seed for torch.manual_seed, from 0 to 2**63 - 1
     "Seed of all randomness in one forward pass."
-    mixed = (seed * 1_000_003 + step) * 4_099 + rank * 64 + micro
+    mixed = (seed * 1_000_003 + step) * 4_099 + micro + (rank << 48)
     return (mixed * 6_364_136_223_846_793_005 + 1_442_695_040_888_963_407) % 2**63
 
 

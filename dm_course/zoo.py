@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SEAL', 'PICKLES', 'WeightsError', 'weights_dir', 'models', 'model_dir', 'sha256', 'as_plain', 'write_json',
            'sealed_files', 'seal', 'compare', 'problems', 'verify', 'quietly', 'forget_paths', 'save_half',
-           'write_card', 'card', 'model_class', 'load', 'measured_dir', 'measured', 'write_measured']
+           'write_card', 'card', 'OpenClip', 'model_class', 'load', 'open_pipeline', 'measured_dir', 'measured',
+           'write_measured']
 
 # %% ../nbs/kit/04_zoo.ipynb #e68e38c1
 import copy
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from .settings import choose, pick_device
+from .settings import choose, online, pick_device
 
 # %% ../nbs/kit/04_zoo.ipynb #562e0b3d
 class WeightsError(ValueError):
@@ -271,17 +272,30 @@ def card(
         raise WeightsError(f"{name}/README.md is missing, or does not begin with the model's facts.")
     return facts
 
+# %% ../nbs/kit/04_zoo.ipynb #04openclip
+class OpenClip:
+    """Opens a folder of open_clip in the way in which diffusers' and transformers' classes open theirs."""
+
+    @staticmethod
+    def from_pretrained(folder, **options):
+        """The model in a folder, without its tokenizer; the options of the other libraries are not needed."""
+        import open_clip
+
+        return open_clip.create_model(f"local-dir:{folder}")
+
 # %% ../nbs/kit/04_zoo.ipynb #406ac730
 def model_class(
     folder: Path,  # a model's folder
 ) -> type:  # has `from_pretrained`
-    """The class that a folder's configuration names: of diffusers, or of transformers.
+    """The class that a folder's configuration names: of diffusers, of transformers, or open_clip's.
 
     Raises WeightsError when it names none that the installed libraries know.
     """
     import diffusers
     import transformers
 
+    if (folder / "open_clip_config.json").is_file():
+        return OpenClip
     for file in ("model_index.json", "config.json"):
         config = json.loads((folder / file).read_text(encoding="utf-8")) if (folder / file).is_file() else {}
         library = diffusers if "_class_name" in config else transformers
@@ -315,6 +329,40 @@ def load(
     if hasattr(model, "set_progress_bar_config"):
         model.set_progress_bar_config(disable=True)
     return model.to(device if device is not None else pick_device())
+
+# %% ../nbs/kit/04_zoo.ipynb #04open
+def open_pipeline(
+    name: str,  # a model of the zoo, the folder of a saved pipeline, or a Hub id "owner/name"
+    device=None,  # a torch.device or its name; None: the course's device
+):  # DDPMPipeline in float32 and evaluation mode, on the device, without progress bars
+    """Open an unconditional pipeline: bundled, your own or the Hub's (there, once fetched, without a network too).
+
+    Raises ValueError that says what is wrong with the name, or with what it stands for.
+    """
+    from diffusers import DDPMPipeline, UNet2DModel
+
+    if name in models():
+        pipeline = load(name, device)
+    elif not (at_hand := Path(name).is_dir()) and name.count("/") != 1:
+        raise ValueError(f"{name!r} is no model of the zoo ({', '.join(models())}), no folder and no Hub id")
+    else:
+        pipeline = _from_elsewhere(DDPMPipeline, name, at_hand or not online())
+    if not isinstance(pipeline, DDPMPipeline) or not isinstance(pipeline.unet, UNet2DModel):
+        raise ValueError(f"{name} is a {type(getattr(pipeline, 'unet', pipeline)).__name__}: no unconditional pipeline")
+    pipeline.unet.float().eval()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device if device is not None else pick_device())
+
+# %% ../nbs/kit/04_zoo.ipynb #04elsewhere
+def _from_elsewhere(kind, name, local):
+    "Load a pipeline from a folder or the Hub. Raises ValueError with the library's reason, in one line."
+    try:
+        with quietly():
+            return kind.from_pretrained(name, local_files_only=local)
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        why = " ".join(str(error).split())[:300]
+        far = " (it is no folder here, and the Hub does not answer)" if local and not Path(name).is_dir() else ""
+        raise ValueError(f"{name} can't be opened as a pipeline{far}: {why}") from error
 
 # %% ../nbs/kit/04_zoo.ipynb #d9392f63
 def measured_dir() -> Path:  # in the package

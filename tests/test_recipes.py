@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dm_course import recipes
+from dm_course.data import load_data
 from dm_course.judges import Judge
 from dm_course.recipes import (
     RECIPES,
@@ -38,6 +39,22 @@ def test_butterfly_recipe_runs_to_its_end(small_recipe, tmp_path, monkeypatch):
     assert facts["steps"] == 3 and facts["command"] == "dm-course zoo train butterflies-32"
     again = draw_samples(load("butterflies-32"), 2, steps=2)
     assert again.shape == (2, 3, 32, 32) and again.isfinite().all()
+
+
+def test_digits_recipe_runs_to_its_end(tmp_path, monkeypatch):
+    from dm_course import zoo
+
+    train, few = recipes.train_digits, dict(data="digits", count=64, graded=30, widths=(16, 16, 16))
+    monkeypatch.setitem(RECIPES, "digits-28", lambda **k: train(**few, **k))
+    measured = train_bundled("digits-28", tmp_path / "digits-28", 3, tmp_path / "checkpoints")
+    assert measured["n"] == 30 and measured["read_as_asked"] < 0.7  # three steps teach nothing
+    monkeypatch.setattr(zoo, "weights_dir", lambda: tmp_path)
+    assert card("digits-28")["measured"]["guidance_scale"] == recipes.DIGITS_SCALE
+    pipeline = load("digits-28")
+    one, other = (recipes.draw_digits(pipeline, torch.tensor([7, 10]), steps=2, batch_size=n) for n in (1, 2))
+    assert one.shape == (2, 1, 28, 28) and torch.allclose(one, other, atol=1e-3)
+    with pytest.raises(ValueError, match="10 says nothing"):
+        recipes.draw_digits(pipeline, torch.tensor([11]), steps=1)
 
 
 def test_recipe_goes_on_from_its_checkpoint(small_recipe, tmp_path):
@@ -114,3 +131,34 @@ def test_sizes_that_do_not_halve_are_refused():
         new_unet(size=30)
     with pytest.raises(ValueError, match="multiple of 16"):
         new_unet(widths=(20, 40))
+
+
+def test_clip_recipe_runs_to_its_end_and_open_clip_opens_it(tmp_path, monkeypatch):
+    import open_clip
+
+    train = recipes.train_garden_clip
+    monkeypatch.setitem(RECIPES, "garden-clip", lambda **k: train(count=64, graded=5, **k))
+    measured = train_bundled("garden-clip", tmp_path / "garden-clip", 2, tmp_path / "checkpoints")
+    assert measured["n"] == 5 and measured["among"] == 100
+    from dm_course import zoo
+
+    monkeypatch.setattr(zoo, "weights_dir", lambda: tmp_path)
+    assert verify("garden-clip") == ["garden-clip"] and card("garden-clip")["steps"] == 2
+    name = f"local-dir:{tmp_path / 'garden-clip'}"
+    clip, _, _ = open_clip.create_model_and_transforms(name)
+    assert list(clip.visual.image_mean) == [0.5] * 3 and open_clip.get_tokenizer(name).context_length == 24
+
+
+def test_all_captions_are_true_and_the_short_one_names_the_colour():
+    rows = load_data("butterflies", "test", count=5, size=64)
+    for texts, colour, own in zip(recipes.all_captions(rows), rows["colour"], rows["caption"]):
+        assert own in texts and len(texts) == 6 and all(colour in text for text in texts)
+        assert texts[-1] in (f"a {colour} butterfly", f"an {colour} butterfly")
+
+
+def test_a_clip_that_knows_the_answer_is_right_and_one_that_does_not_guesses():
+    clip, tokenizer = recipes.new_clip()
+    rows = load_data("butterflies", "heldout", count=40, size=64)
+    assert recipes.right_among(clip.eval(), tokenizer, rows, among=20) < 0.4
+    known = forget = recipes.forget_unread(clip, tokenizer(rows["caption"]))
+    assert 10 < known < 200 and (clip.token_embedding.weight.abs().sum(1) > 0).sum() == forget

@@ -478,7 +478,7 @@ def test_oldest_versions_are_those_of_settings():
 def test_the_package_imports_only_what_it_requires():
     """Nothing at import time beyond Python, the requirements and what an extra is for."""
     declared = {re.match(r"[\w-]+", n)[0].lower().replace("-", "_") for n in settings()["requirements"].split()}
-    known_as = {"scikit_learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml"}
+    known_as = {"scikit_learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml", "open_clip_torch": "open_clip"}
     allowed = {known_as.get(n, n) for n in declared} | set(sys.stdlib_module_names) | {"dm_course", "IPython"}
     wrong = []
     for path in MODULES:

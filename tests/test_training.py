@@ -245,8 +245,8 @@ def test_muon_steps_are_as_the_paper_says():
 
 
 def test_seeds_differ_between_steps_ranks_and_pieces():
-    seeds = {step_seed(s, i, r, m) for s in range(2) for i in range(100) for r in range(4) for m in range(8)}
-    assert len(seeds) == 2 * 100 * 4 * 8 and all(0 <= s < 2**63 for s in seeds)
+    seeds = {step_seed(s, i, r, m) for s in range(2) for i in range(100) for r in range(4) for m in range(100)}
+    assert len(seeds) == 2 * 100 * 4 * 100 and all(0 <= s < 2**63 for s in seeds)
 
 
 def test_memory_grows_with_the_batch():

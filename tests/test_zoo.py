@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from safetensors.torch import load_file
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from dm_course import zoo
+from dm_course import recipes, zoo
 from dm_course.zoo import WeightsError, card, load, measured, models, save_half, seal, verify, write_card
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -314,3 +314,14 @@ def test_bundled(name):
 
 def test_all_together_are_small():
     assert sum(p.stat().st_size for n in models() for p in zoo.model_dir(n).rglob("*") if p.is_file()) <= 60e6
+
+
+def test_a_folder_of_open_clip_is_loaded_by_open_clip(tmp_path, monkeypatch):
+    clip, _ = recipes.new_clip()
+    folder = save_half(recipes.ClipFolder(clip), tmp_path / "words")
+    write_card(folder, {"what": "a clip"}, "# Words")
+    seal(folder)
+    monkeypatch.setenv("DM_COURSE_WEIGHTS", str(tmp_path))
+    opened = load("words")
+    assert type(opened).__name__ == "CLIP" and not opened.training
+    assert {p.dtype for p in opened.parameters()} == {torch.float32}
