@@ -29,6 +29,7 @@ from diffusers import (
     UNet2DModel,
     UniPCMultistepScheduler,
 )
+from figures import resumed
 
 from dm_course.data import Batches, load_data
 from dm_course.judges import frechet_distance, load_judge, score
@@ -37,7 +38,7 @@ from dm_course.sampling import denoiser, diffusion_loss, sample
 from dm_course.scratch import BasicUNet, TimedUNet, min_snr_weight, mixing_loss, p2_weight, sample_by_mixing
 from dm_course.settings import choose, start
 from dm_course.training import autocast, train
-from dm_course.zoo import measured, write_measured
+from dm_course.zoo import write_measured
 
 SIZE, BATCH, STEPS, CALLS = 28, 128, 20, (5, 10, 20, 40)  # pixels, pictures a step, steps to draw, steps in the grid
 
@@ -85,18 +86,9 @@ class Bench:
             "data": f"{len(digits):,} pictures of {'MNIST' if len(digits) > 2000 else 'scikit-learn'}",
             "n": self.n,
         }
-        try:
-            self.figures = measured("lesson12")
-        except ValueError:
-            self.figures = {}
-        if any(self.figures.get(k) != v for k, v in same.items()):
-            if args.only and self.figures:
-                raise SystemExit(
-                    f"The other figures were made by {self.figures['command']}: repeat it as it was, or all."
-                )
-            self.figures = {}
+        self.figures = resumed("lesson12", same, args.only)
         floor = score(self.judge, self.again_features, self.real_features, self.again_features).floor
-        self.figures |= same | {"torch": torch.__version__.partition("+")[0], "floor": floor}
+        self.figures |= {"torch": torch.__version__.partition("+")[0], "floor": floor}
         self.figures["sure of real"] = self.sure(self.real)
 
     def sure(self, images):

@@ -21,6 +21,7 @@ from timing import clock  # first: it sets how threads wait
 
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
+from figures import resumed
 
 from dm_course.data import Batches, load_data
 from dm_course.finetuning import even_loss, finetune
@@ -30,7 +31,7 @@ from dm_course.recipes import new_unet
 from dm_course.sampling import denoiser, sample
 from dm_course.settings import choose, start
 from dm_course.training import autocast
-from dm_course.zoo import card, load, measured, write_measured
+from dm_course.zoo import card, load, write_measured
 
 NAME, SIZE, BATCH, RATE = "butterflies-32", 32, 16, 1e-3
 RATES, FLOWERS, ROWS = (3e-4, 1e-3, 3e-3), 4096, (0, 25, 75, 150)
@@ -64,15 +65,8 @@ class Bench:
             "steps": args.steps,
             "batch_size": BATCH,
         }
-        try:
-            self.figures = measured("lesson21")
-        except ValueError:
-            self.figures = {}
-        if any(self.figures.get(k) != v for k, v in same.items()):
-            if args.only and self.figures:
-                raise SystemExit(f"The other figures were made by {self.figures['command']}: repeat all of it.")
-            self.figures = {}
-        self.figures |= same | {"threads": torch.get_num_threads(), "torch": torch.__version__.partition("+")[0]}
+        self.figures = resumed("lesson21", same, args.only)
+        self.figures |= {"threads": torch.get_num_threads(), "torch": torch.__version__.partition("+")[0]}
         self.figures |= {"floor": floors} | {k: self.figures.get(k, {}) for k in ("samplers", "variants")}
 
     def draw(self, unet, scheduler, steps, **options):

@@ -21,6 +21,7 @@ from timing import THREADS, clock, steps_for  # first: it sets how threads wait
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
+from figures import resumed
 
 from dm_course.conditioning import ChannelUNet, CrossAttentionUNet, class_denoiser, class_loss, class_spread, class_unet
 from dm_course.data import Batches, load_data
@@ -28,7 +29,7 @@ from dm_course.judges import load_judge, score
 from dm_course.sampling import sample
 from dm_course.settings import choose, start
 from dm_course.training import autocast, train
-from dm_course.zoo import load, measured, write_measured
+from dm_course.zoo import load, write_measured
 
 STEPS, GUIDED = 20, 2.0  # DDIM steps; the guidance scale at which the ways are judged besides 1
 SCALES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
@@ -68,18 +69,9 @@ class Bench:
             "ddim_steps": STEPS,
             "guided": GUIDED,
         }
-        try:
-            self.figures = measured("lesson23")
-        except ValueError:
-            self.figures = {}
-        if any(self.figures.get(k) != v for k, v in same.items()):
-            if args.only and self.figures:
-                raise SystemExit(
-                    f"The other figures were made by {self.figures['command']}: repeat it as it was, or all."
-                )
-            self.figures = {}
+        self.figures = resumed("lesson23", same, args.only)
         floor = score(self.judge, self.again, self.real, self.again).floor
-        self.figures |= same | {"torch": torch.__version__.partition("+")[0], "floor": floor}
+        self.figures |= {"torch": torch.__version__.partition("+")[0], "floor": floor}
 
     def draw(self, net, schedule, scale):
         """Samples in [-1, 1] of the digits asked for, always from the same noise."""

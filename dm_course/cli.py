@@ -74,14 +74,22 @@ def _say_memory(unet, loss_fn, data, args):
         total = sum(p.numel() for p in unet.parameters())
         print(f"{total:,} parameters, batches of {args.batch_size}: about {need:,.0f} MiB to train", flush=True)
 
+# %% ../nbs/kit/92_cli.ipynb #92sayrun
+def _say_run(args, run, folder):
+    "Say how a training went and where its result lies."
+    last = run.losses[-20:]
+    print(f"{run.step:,} steps, loss {sum(last) / len(last):.4f}, {run.seconds:.0f} s, peak {run.peak_mb:,.0f} MiB")
+    if args.tracker == "tensorboard":
+        print(f"curves and pictures: tensorboard --logdir {args.out}")
+    print(f"saved in {folder}; see it with: dm-course sample {folder}")
+
 
 def _report(args, run, scheduler):
     "Save what was trained and say how it went."
-    folder, last = Path(args.out) / "pipeline", run.losses[-20:]
+    folder = Path(args.out) / "pipeline"
     facts = dict(name=Path(args.out).name, data=args.data, steps=run.step, seed=args.seed)
     save_pipeline(run, scheduler, folder, facts)
-    print(f"loss {sum(last) / len(last):.4f}, {run.seconds:.0f} s, peak {run.peak_mb:,.0f} MiB")
-    print(f"saved in {folder}; see it with: dm-course sample {folder}")
+    _say_run(args, run, folder)
 
 # %% ../nbs/kit/92_cli.ipynb #e377bbb2
 def run_train(
@@ -151,15 +159,11 @@ def _tracker(name):
 # %% ../nbs/kit/92_cli.ipynb #92report
 def _report_finetuned(args, tuned, epochs, pictures):
     "Save a fine-tuned pipeline with its card, and say how it went."
-    folder, run = Path(args.out) / args.name, tuned.run
+    folder = Path(args.out) / args.name
     facts = dict(pictures=pictures, batch_size=args.batch_size, accumulate=args.accumulate, learning_rate=args.lr)
     facts |= dict(epochs=epochs) if epochs else {}
     save_finetuned(tuned, folder, args.start, args.data, **facts, ema=args.ema, seed=args.seed)
-    last = run.losses[-20:]
-    print(f"{run.step:,} steps, loss {sum(last) / len(last):.4f}, {run.seconds:.0f} s, peak {run.peak_mb:,.0f} MiB")
-    if args.tracker == "tensorboard":
-        print(f"curves and pictures: tensorboard --logdir {args.out}")
-    print(f"saved in {folder}; see it with: dm-course sample {folder}")
+    _say_run(args, tuned.run, folder)
 
 # %% ../nbs/kit/92_cli.ipynb #92finetunefn
 def run_finetune(

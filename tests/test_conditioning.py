@@ -1,6 +1,5 @@
 """The module of lesson 23: three ways to be told a class, label dropout, guidance, and the exercises."""
 
-import ast
 import re
 
 import notebooks
@@ -312,33 +311,10 @@ def test_digits_28_draws_what_it_is_asked_for():
 # Exercises
 
 
-def solutions():
-    """Exercise: (its folded solution, the checks that its cells end with)."""
-    nb = notebooks.read(LESSON)
-    for name in notebooks.exercises(nb):
-        cells = notebooks.under(nb, name)
-        text = "\n".join(c.source for c in cells if c.cell_type == "markdown")
-        folded = "\n".join(re.findall(r"<details.*?</details>", text, flags=re.S))
-        code = "\n".join(re.findall(r"```python\n(.*?)```", folded, flags=re.S))
-        stubs = [c for c in cells if c.cell_type == "code" and not notebooks.exports(c)]
-        yield pytest.param(code, stubs[-1].source, id=name.partition(":")[0])
-
-
-@pytest.mark.parametrize(("solution", "stub"), list(solutions()))
-def test_a_solution_passes_its_check_and_the_open_exercise_does_not(solution, stub, capsys):
-    *_, check = ast.parse(stub).body
-    open_exercise, solved = dict(vars(conditioning)), dict(vars(conditioning))
-    exec(stub, open_exercise)
-    assert "Not yet" in capsys.readouterr().out
-    exec(solution, solved)
-    assert eval(compile(ast.Expression(check.value), "check", "eval"), solved) is True
-    assert capsys.readouterr().out == "Right.\n"
-
-
 def solution_of(name, *changes):
     """The function that a folded solution defines, with mistakes put in."""
     space = dict(vars(conditioning))
-    code = next(p.values[0] for p in solutions() if f"def {name}(" in p.values[0])
+    code = next(code for _, code, _ in notebooks.solutions(notebooks.read(LESSON)) if f"def {name}(" in code)
     for old, new in changes:
         assert old in code, old
         code = code.replace(old, new)

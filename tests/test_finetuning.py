@@ -1,12 +1,10 @@
-"""The module of lesson 21, `open_pipeline`, the command `dm-course finetune`, and the exercises' solutions."""
+"""The module of lesson 21, `open_pipeline`, and the command `dm-course finetune`."""
 
-import ast
 import os
 import re
 import subprocess
 import sys
 
-import notebooks
 import numpy as np
 import pytest
 import torch
@@ -31,7 +29,6 @@ from dm_course.sampling import denoiser, oracle, sample
 from dm_course.training import TrainingRun
 from dm_course.zoo import card, open_pipeline
 
-LESSON = next(p for p in notebooks.lessons() if p.stem == "21_finetuning")
 KINDS = ("epsilon", "v_prediction", "sample")
 QUIET = dict(progress=False, precision="fp32", lr=1e-3)
 
@@ -410,32 +407,6 @@ def test_two_processes_share_the_work_and_one_saves(start_folder, tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("saved in") == 1 and "4 steps" in run.stdout  # 12 pictures, 2 × 3 a step, 2 epochs
     assert len(list((tmp_path / "two" / "samples").iterdir())) == 2
-
-
-# Exercises
-
-
-def solutions():
-    """Exercise: (its folded solution, the checks that its cells end with)."""
-    nb = notebooks.read(LESSON)
-    for name in notebooks.exercises(nb):
-        cells = notebooks.under(nb, name)
-        text = "\n".join(c.source for c in cells if c.cell_type == "markdown")
-        folded = "\n".join(re.findall(r"<details.*?</details>", text, flags=re.S))
-        code = "\n".join(re.findall(r"```python\n(.*?)```", folded, flags=re.S))
-        stubs = [c for c in cells if c.cell_type == "code" and not notebooks.exports(c)]
-        yield pytest.param(code, stubs[-1].source, id=name.partition(":")[0])
-
-
-@pytest.mark.parametrize(("solution", "stub"), list(solutions()))
-def test_a_solution_passes_its_check_and_the_open_exercise_does_not(solution, stub, capsys):
-    *_, check = ast.parse(stub).body
-    open_exercise, solved = dict(vars(finetuning)), dict(vars(finetuning))
-    exec(stub, open_exercise)
-    assert "Not yet" in capsys.readouterr().out
-    exec(solution, solved)
-    assert eval(compile(ast.Expression(check.value), "check", "eval"), solved) is True
-    assert capsys.readouterr().out == "Right.\n"
 
 
 def in_pieces(share, backward=True, most=None):

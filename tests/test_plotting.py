@@ -32,6 +32,7 @@ def quiet_and_tidy():
     before = dict(plt.rcParams)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("default", ResourceWarning)  # of other tests' leavings, collected at any time
         yield
     assert plt.get_fignums() == [] and dict(plt.rcParams) == before
 

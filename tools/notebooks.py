@@ -142,6 +142,15 @@ def solution(nb, exercise: str) -> str:
     return "\n".join(re.findall(r"```python\n(.*?)```", folded, flags=re.S))
 
 
+def solutions(nb) -> list[tuple[str, str, str]]:
+    """Of each exercise: its heading, the code of its folded solution, and the cell that is left to the learner."""
+    found = []
+    for name in exercises(nb):
+        stubs = [c for c in under(nb, name) if c.cell_type == "code" and not exports(c)]
+        found.append((name, solution(nb, name), stubs[-1].source))
+    return found
+
+
 def place(nb, index: int) -> str:
     """Where in a notebook a cell stands, for messages: its position, id and the heading above it."""
     above = [h for c in nb.cells[: index + 1] if c.cell_type == "markdown" for h in headings(c.source)]
