@@ -227,7 +227,7 @@ def picture_table(
     names = [wrap_label(n, 110) for n in beside or []]
     widest = text_width([line for row in labels for lines in row for line in lines])
     pitch = max(w + 4, math.ceil(widest) + 8 if widest > w else 0)
-    x, y, spots = math.ceil(text_width(sum(names, []))) + (8 if names else 0), 24 if title else 0, []
+    x, y, spots = math.ceil(text_width(sum(names, []))) + (14 if names else 0), 24 if title else 0, []
     for row in labels:
         spots.append((x, y := y + max((15 * len(lines) + 6 for lines in row), default=0)))
         y += h + 4

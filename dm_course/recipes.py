@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 
 import numpy as np
 import torch
@@ -25,9 +26,20 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import save_file
 
+# %% ../nbs/kit/90_recipes.ipynb #90imports2
 from .conditioning import class_denoiser, class_loss, class_spread, class_unet
 from .data import Batches, load_data, sklearn_digits, to_model
-from .garden import BACKGROUNDS, COLOURS, PATTERNS, PHRASINGS, SHAPES, Attributes, caption
+from dm_course.garden import (
+    BACKGROUNDS,
+    COLOURS,
+    NOUNS,
+    PATTERNS,
+    PHRASINGS,
+    SHAPES,
+    Attributes,
+    caption,
+    short_captions,
+)
 from .guidance import cutouts, embed_images, embed_texts
 from .judges import accuracy, judge_loss, load_judge, new_judge, score
 from .sampling import denoiser, diffusion_loss, sample
@@ -641,9 +653,6 @@ def new_clip(
     return clip, open_clip.SimpleTokenizer(context_length=clip.context_length)
 
 # %% ../nbs/kit/90_recipes.ipynb #90clipcaptions
-_CLIP_NOUN = {"butterflies": "butterfly", "flowers": "flower", "moonmoths": "moonmoth"}
-
-
 def all_captions(
     rows,  # a garden dataset
 ) -> list[list[str]]:  # for each picture its caption in every phrasing, and in short
@@ -652,8 +661,7 @@ def all_captions(
     found = []
     for values in zip(*(rows[name] for name in names)):
         a = Attributes(*values)
-        short = f"a {a.colour} {_CLIP_NOUN[a.domain]}".replace("a orange", "an orange")
-        found.append([caption(a, i) for i in range(len(PHRASINGS))] + [short])
+        found.append([caption(a, i) for i in range(len(PHRASINGS))] + short_captions(a)[:1])
     return found
 
 # %% ../nbs/kit/90_recipes.ipynb #90clipcaptioned
@@ -738,7 +746,7 @@ def grade_clip(
         rows = load_data(domain, "heldout", count=count, size=64)
         figures[domain] = right_among(clip, tokenizer, rows)
         figures[f"{domain}_32px"] = right_among(clip, tokenizer, rows, size=32)
-        short = embed_texts(clip, tokenizer, [f"a {c} {_CLIP_NOUN[domain]}" for c in COLOURS])
+        short = embed_texts(clip, tokenizer, [f"a {c} {NOUNS[domain]}" for c in COLOURS])
         with torch.no_grad():
             named = (embed_images(clip, to_model(pixels(rows)).to(short.device)) @ short.T).argmax(1).cpu()
         figures[f"{domain}_colour"] = (named == torch.tensor(rows["label"])).float().mean().item()
@@ -848,15 +856,19 @@ def train_garden_clip(
     return run.model, measured
 
 # %% ../nbs/kit/90_recipes.ipynb #34106a19
-RECIPES = {
-    "butterflies-32": train_butterflies,
-    "digits-28": train_digits,
-    "judge-digits": train_judge_digits,
-    "judge-garden": train_judge_garden,
-    "garden-clip": train_garden_clip,
+RECIPES = {  # model: its recipe, as module and function of `dm_course`, which is imported when it is needed
+    "butterflies-32": "recipes:train_butterflies",
+    "digits-28": "recipes:train_digits",
+    "judge-digits": "recipes:train_judge_digits",
+    "judge-garden": "recipes:train_judge_garden",
+    "garden-clip": "recipes:train_garden_clip",
+    "garden-sd": "latent_recipes:train_garden_sd",
+    "garden-mask": "latent_recipes:train_garden_mask",
+    "garden-sd-shape": "latent_recipes:train_garden_sd_shape",
+    "garden-upscale": "latent_recipes:train_garden_upscale",
 }
 
-
+# %% ../nbs/kit/90_recipes.ipynb #90bundled
 def train_bundled(
     name: str,  # one of RECIPES
     out: str | Path | None = None,  # folder of the finished model; None: runs/NAME
@@ -865,7 +877,7 @@ def train_bundled(
     seed: int = 0,  # of the run
 ) -> dict:  # the measured figures
     "Run one recipe to its end: train, grade, save. A run that was stopped goes on. Raises ValueError for an unknown name."
-    recipe = RECIPES[choose(name, tuple(RECIPES), "recipe")]
+    recipe = resolve_name(f"dm_course.{RECIPES[choose(name, tuple(RECIPES), 'recipe')]}")
     out, checkpoints = Path(out or f"runs/{name}"), Path(checkpoints or f"runs/{name}-checkpoints")
     more = {} if steps is None else {"steps": steps}
     _, measured = recipe(out=out, checkpoints=checkpoints, seed=seed, **more)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SEAL', 'PICKLES', 'WeightsError', 'weights_dir', 'models', 'model_dir', 'sha256', 'as_plain', 'write_json',
            'sealed_files', 'seal', 'compare', 'problems', 'verify', 'quietly', 'forget_paths', 'save_half',
-           'write_card', 'card', 'OpenClip', 'model_class', 'load', 'open_pipeline', 'measured_dir', 'measured',
-           'write_measured']
+           'write_card', 'card', 'OpenClip', 'model_class', 'parts_at_hand', 'load', 'open_pipeline', 'measured_dir',
+           'measured', 'write_measured']
 
 # %% ../nbs/kit/04_zoo.ipynb #e68e38c1
 import copy
@@ -306,6 +306,28 @@ def model_class(
                 raise WeightsError(f"{folder.name} is a {named}, which the installed {library.__name__} has not got.")
     raise WeightsError(f"{folder.name} has neither a model_index.json nor a config.json that names its class.")
 
+# %% ../nbs/kit/04_zoo.ipynb #04parts
+def parts_at_hand(
+    folder: Path,  # a model's folder
+    device=None,  # for the model that parts are taken from
+) -> dict:  # name: part, or None; for `from_pretrained`, beside the folder
+    """The parts of a pipeline that its folder does not hold: None for those it has not got, else those of another model.
+
+    Raises WeightsError when a part is missing, and the card does not say whose it is.
+    """
+    index = folder / "model_index.json"
+    listed = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+    listed = {name: value for name, value in listed.items() if isinstance(value, list)}
+    empty = {name: None for name, value in listed.items() if value == [None, None]}
+    missing = [name for name in listed if name not in empty and not (folder / name).is_dir()]
+    if not missing:
+        return empty
+    base = card(folder.name).get("parts_from")
+    if base is None:
+        raise WeightsError(f"{folder.name} has no {', '.join(missing)}, and its card names no model to take it from.")
+    base = load(base, device)
+    return empty | {name: getattr(base, name) for name in missing}
+
 # %% ../nbs/kit/04_zoo.ipynb #dde7c05a
 def load(
     name: str,  # a model's name, see `models`
@@ -317,10 +339,10 @@ def load(
     """
     verify(name)
     folder = model_dir(name)
-    kind = model_class(folder)
+    kind, parts = model_class(folder), parts_at_hand(folder, device)
     try:
         with quietly():
-            model = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+            model = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, **parts)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise WeightsError(f"{name} is intact, and yet its library can't load it: {error}") from error
     for part in model.components.values() if hasattr(model, "components") else [model]:

@@ -75,7 +75,7 @@ def test_zoo_and_doctor(capsys):
 
 
 def test_every_command_has_help(capsys):
-    for command in ("train", "sample", "zoo", "doctor"):
+    for command in ("train", "finetune", "dreambooth", "sample", "zoo", "demo", "doctor"):
         with pytest.raises(SystemExit) as stop:
             build_parser().parse_args([command, "--help"])
         assert stop.value.code == 0 and "usage" in capsys.readouterr().out

@@ -13,6 +13,7 @@ from dm_course.garden import (
     DOMAINS,
     PATTERNS,
     PHRASINGS,
+    PLACES,
     SHAPES,
     attributes,
     caption,
@@ -21,6 +22,7 @@ from dm_course.garden import (
     label,
     mask,
     shape_map,
+    short_captions,
 )
 
 KNOWN = [("purple", "spots", "sunset"), ("yellow", "eyes", "night"), ("pink", "bands", "night")]
@@ -130,6 +132,11 @@ def test_captions_are_true_and_varied():
                 text = caption(a, p)
                 assert a.colour in text and "{" not in text and "a orange" not in text
                 assert a.pattern == "plain" or a.accent in text
+            assert all(PLACES[a.background] in caption(a, p) for p in range(len(PHRASINGS)))
+            colour, place, marks, bare = short_captions(a)
+            assert a.colour in colour and place.endswith(PLACES[a.background]) and marks.startswith(f"{bare} with ")
+            assert "a orange" not in colour and (a.pattern == "plain" or a.accent in marks)
+    assert tuple(PLACES) == BACKGROUNDS
     assert len({caption(attributes(0, 0), p) for p in range(len(PHRASINGS))}) == len(PHRASINGS)
 
 

@@ -1,5 +1,7 @@
 "Recipes: each runs to its end in a few steps, saves, grades, and goes on after a stop."
 
+from pkgutil import resolve_name
+
 import pytest
 import torch
 
@@ -25,7 +27,7 @@ def small_recipe(monkeypatch):
     wide = new_unet
     monkeypatch.setattr(recipes, "new_unet", lambda widths, seed: wide(widths=(16, 16, 16), seed=seed))
     train = recipes.train_butterflies
-    monkeypatch.setitem(RECIPES, "butterflies-32", lambda **k: train(count=64, graded=70, **k))
+    monkeypatch.setattr(recipes, "train_butterflies", lambda **k: train(count=64, graded=70, **k))
 
 
 def test_butterfly_recipe_runs_to_its_end(small_recipe, tmp_path, monkeypatch):
@@ -45,7 +47,7 @@ def test_digits_recipe_runs_to_its_end(tmp_path, monkeypatch):
     from dm_course import zoo
 
     train, few = recipes.train_digits, dict(data="digits", count=64, graded=30, widths=(16, 16, 16))
-    monkeypatch.setitem(RECIPES, "digits-28", lambda **k: train(**few, **k))
+    monkeypatch.setattr(recipes, "train_digits", lambda **k: train(**few, **k))
     measured = train_bundled("digits-28", tmp_path / "digits-28", 3, tmp_path / "checkpoints")
     assert measured["n"] == 30 and measured["read_as_asked"] < 0.7  # three steps teach nothing
     monkeypatch.setattr(zoo, "weights_dir", lambda: tmp_path)
@@ -73,7 +75,9 @@ def test_every_bundled_model_has_its_recipe_and_figures():
     for name in models():
         facts = card(name)
         assert facts["command"] == f"dm-course zoo train {name}" and facts["measured"] and facts["seconds"] > 0
-        assert getattr(recipes, facts["recipe"].rpartition(".")[2]) is RECIPES[name]
+        assert facts["recipe"] == f"dm_course.{RECIPES[name].replace(':', '.')}" and callable(
+            resolve_name(facts["recipe"])
+        )
 
 
 def test_copies_are_found():
@@ -137,7 +141,7 @@ def test_clip_recipe_runs_to_its_end_and_open_clip_opens_it(tmp_path, monkeypatc
     import open_clip
 
     train = recipes.train_garden_clip
-    monkeypatch.setitem(RECIPES, "garden-clip", lambda **k: train(count=64, graded=5, **k))
+    monkeypatch.setattr(recipes, "train_garden_clip", lambda **k: train(count=64, graded=5, **k))
     measured = train_bundled("garden-clip", tmp_path / "garden-clip", 2, tmp_path / "checkpoints")
     assert measured["n"] == 5 and measured["among"] == 100
     from dm_course import zoo
