@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['recoloured', 'region_psnr', 'ddim_step', 'timestep_grid', 'Inversion', 'invert', 'edit', 'null_text',
            'null_text_denoiser', 'with_noise', 'invert_pictures', 'check_even_angles', 'check_edit_inside',
-           'check_halfway', 'check_leap']
+           'check_halfway', 'check_leapfrog']
 
 # %% ../nbs/unit4/41_ddim_inversion.ipynb #u41imports
 import math
@@ -420,8 +420,8 @@ def _there_and_back(function, a, b, count=6):
     return (now - a).abs().max().item()
 
 # %% ../nbs/unit4/41_ddim_inversion.ipynb #u41ex4check2
-def check_leap(
-    function,  # leap(model_fn, before, now, t, delta) -> the latents after `now`
+def check_leapfrog(
+    function,  # leapfrog(model_fn, before, now, t, delta) -> the latents after `now`
 ):  # True if it is right
     """Check exercise 4 of lesson 41: steps that can be undone exactly; says what is off."""
     x0, epsilon = torch.randn(2, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0))

@@ -45,9 +45,10 @@ from dm_course.audio import (
     spoken_digits,
     wave_to_mel,
 )
+from dm_course.audio_recipes import sound_unet
 from dm_course.conditioning import class_denoiser
 from dm_course.data import Batches
-from dm_course.recipes import digits_scheduler, sound_unet
+from dm_course.recipes import digits_scheduler
 from dm_course.sampling import PREDICTION_TYPES, alpha_bar, sample
 
 LESSON = next(p for p in notebooks.lessons() if p.stem == "42_audio")

@@ -109,7 +109,8 @@ def test_a_wish_out_of_range_is_refused():
 def test_pictures_form_and_become_a_sound(monkeypatch, tmp_path):
     from diffusers import DDPMPipeline
 
-    from dm_course.recipes import digits_scheduler, sound_unet
+    from dm_course.audio_recipes import sound_unet
+    from dm_course.recipes import digits_scheduler
 
     small = DDPMPipeline(sound_unet(10, SPEECH_MEL, (16, 16, 16)).eval(), digits_scheduler())
     monkeypatch.setattr(demos, "_sound_model", lambda name: small)

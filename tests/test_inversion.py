@@ -437,10 +437,14 @@ def pastes_at_the_end(model_fn, there, region):
         ("check_halfway", lambda a, b, p: (1 - p) * a + p * b, "straight line|great circle"),
         ("check_halfway", lambda a, b, p: (1 - p) ** 0.5 * a + p**0.5 * b, "great circle|angle of its own"),
         ("check_halfway", lambda a, b, p: b, "is a the start"),
-        ("check_leap", lambda f, before, now, t, d: before + math.sin(d) * f(now, t), "factor 2 sin"),
-        ("check_leap", lambda f, before, now, t, d: math.cos(d) * now + math.sin(d) * f(now, t), "lead back"),
-        ("check_leap", lambda f, before, now, t, d: before + 2 * math.sin(d) * f(before, t), "at the latents `now`"),
-        ("check_leap", lambda f, before, now, t, d: 1 / 0, "raises ZeroDivisionError"),
+        ("check_leapfrog", lambda f, before, now, t, d: before + math.sin(d) * f(now, t), "factor 2 sin"),
+        ("check_leapfrog", lambda f, before, now, t, d: math.cos(d) * now + math.sin(d) * f(now, t), "lead back"),
+        (
+            "check_leapfrog",
+            lambda f, before, now, t, d: before + 2 * math.sin(d) * f(before, t),
+            "at the latents `now`",
+        ),
+        ("check_leapfrog", lambda f, before, now, t, d: 1 / 0, "raises ZeroDivisionError"),
     ],
 )
 def test_checkers_say_what_is_off(check, wrong, said, capsys):
