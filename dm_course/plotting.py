@@ -392,12 +392,15 @@ def plot_curves(
         raise ValueError("There is no curve to plot.")
     ready = {name: as_curve(name, curve) for name, curve in curves.items()}
     with plt.rc_context(STYLE):
-        fig, ax = plt.subplots(figsize=(5.6, 3), layout="constrained")
+        crowded = len(curves) > 3  # then the names stand beside the axes, where they hide nothing
+        fig, ax = plt.subplots(figsize=(7.4 if crowded else 5.6, 3), layout="constrained")
         for i, (name, (x, y)) in enumerate(ready.items()):
             add_curve(ax, i, name, x, y)
         ax.set(xlabel=xlabel, ylabel=ylabel, title=title or "")
         ax.set(xscale="log" if logx else "linear", yscale="log" if logy else "linear")
-        if len(curves) > 1:
+        if crowded:
+            fig.legend(loc="outside right center")
+        elif len(curves) > 1:
             ax.legend()
     return finished(fig)
 

@@ -282,3 +282,11 @@ def test_a_picture_survives_as_text():
     picture = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3) * 5)
     assert picture_from_text(picture_to_text(picture)).tobytes() == picture.tobytes()
     assert len(picture_from_text(picture_to_text(picture, 4)).getcolors()) <= 4
+
+
+def test_many_names_stand_beside_the_axes():
+    fig = plot_curves({f"a curve with a long name, {i}": [0, i, 1] for i in range(5)}, "x", "y")
+    fig.canvas.draw()
+    (legend,) = fig.legends
+    assert not legend.get_window_extent().overlaps(fig.axes[0].get_window_extent())
+    assert legend.get_window_extent().x1 <= fig.bbox.x1
