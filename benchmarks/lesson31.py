@@ -27,7 +27,7 @@ from dm_course.data import to_model
 from dm_course.garden import COLOURS, POSES, SHAPES, SIZES, attributes, caption, draw
 from dm_course.judges import accuracy, load_judge, score
 from dm_course.latent import decode, guided_text, psnr, sample_from, start_latents
-from dm_course.recipes import draw_prompts, grade_shape, grade_upscale
+from dm_course.latent_recipes import draw_prompts, grade_shape, grade_upscale
 from dm_course.settings import choose, start
 from dm_course.training import autocast
 

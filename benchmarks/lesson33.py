@@ -67,7 +67,7 @@ class Bench:
         self.prepare()
         cards = [zoo.card(name)["measured"] for name in ("garden-sd", "garden-clip")]
         same = {"command": "python benchmarks/lesson33.py", "n": self.n, "steps": STEPS, "scale": SCALE}
-        same |= {"models": zoo.as_plain(cards)}
+        same |= {"models": cards, "settings": [BATCH, CLASS_COUNT, RANK, CHOSEN, RATES, SNAPSHOTS]}
         self.figures = resumed("lesson33", zoo.as_plain(same), args.only)  # other models make all figures void
         self.repeat, self.streams = bool(args.only), None
         self.measure_before()
@@ -106,11 +106,14 @@ class Bench:
             own, prompts = class_pictures(self.pipeline, f"a {NOUN}", CLASS_COUNT, 1.0, STEPS, generator=generator)
             two, generator = [f"a {NOUN}", ""], self.course.generator(3)
             mixed = class_pictures(self.pipeline, two, CLASS_COUNT, 1.0, STEPS, generator=generator)
+            generator = self.course.generator(3)
+            strict = class_pictures(self.pipeline, f"a {NOUN}", CLASS_COUNT, SCALE, STEPS, generator=generator)
             self.streams = {
                 "said": stream(self.pipeline, self.subject, said),
                 "unsaid": stream(self.pipeline, self.subject, f"a {TOKEN} {NOUN}"),
                 "class": stream(self.pipeline, own, prompts),
                 "class and nothing": stream(self.pipeline, *mixed),
+                "guided class": stream(self.pipeline, *strict),
             }
         return self.streams
 
@@ -232,6 +235,9 @@ def variants(bench):
         ("attention", f"LoRA of rank {RANK}, attention alone", {**lora, "targets": ATTENTION}),
         ("rank 4", "LoRA of rank 4", {**lora, "targets": LAYERS, "rank": 4}),
         ("no average", "with its class, no average of the weights", {"rate": rate, "steps": steps, "ema": None}),
+        ("lora alone", f"LoRA of rank {RANK}, five alone", {**lora, "targets": LAYERS, "prior": None}),
+        ("guided", f"class drawn with guidance {SCALE:g}", {"prior": "guided class", "rate": rate, "steps": steps}),
+        ("text", "with its class, text encoder too", {"rate": rate, "steps": steps, "train_text": True}),
     ):
         if not bench.there("variants", name):
             bench.keep("variants", name, what, bench.train(**options))
@@ -265,7 +271,7 @@ def snapshots(bench, way, rate):
         return bench.subject[:1]
 
     options = {"rank": RANK, "targets": LAYERS} if way == "lora" else {}
-    last = {"steps": SNAPSHOTS[-1], "schedule": "constant", "sample_every": SNAPSHOTS[0]}
+    last = {"steps": SNAPSHOTS[-1], "warmup": 4, "schedule": "constant", "sample_every": SNAPSHOTS[0]}
     bench.train("said", "class", rate, look=look, **last, **options)
     return found
 

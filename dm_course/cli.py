@@ -9,8 +9,10 @@ __all__ = ['open_data', 'save_pipeline', 'run_train', 'add_train', 'run_finetune
 
 # %% ../nbs/kit/92_cli.ipynb #6c031232
 import argparse
+import json
 import os
 import platform
+import re
 import sys
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
@@ -41,7 +43,7 @@ from .recipes import RECIPES, butterflies_scheduler, draw_samples, new_unet, tra
 from .sampling import diffusion_loss
 from .settings import cache_dir, data_dir, offline, online, pick_device, usable_cores
 from .training import OPTIMIZERS, PRECISIONS, TRACKERS, TrainingOptions, check_options, predict_memory, train
-from .zoo import card, models, open_pipeline, verify, write_card
+from .zoo import as_plain, card, models, open_pipeline, sha256, verify, write_card, write_json
 
 # %% ../nbs/kit/92_cli.ipynb #0d5bd82a
 def open_data(
@@ -230,10 +232,11 @@ def add_finetune(
 def _subject_rows(args):
     "The pictures of the subject, with their captions if there are any. Raises ValueError for fewer than two."
     rows = folder_data(args.folder, labels=False)
-    check_subject(len(rows), args.rank, args.train_text)
+    check_subject(len(rows), args.rank, args.train_text, args.batch_size, args.prior_weight)
     prompt = args.prompt or f"a {args.token} {args.noun}"
     prompts = list(rows["caption"]) if "caption" in rows.column_names else [prompt]
-    mute = [text for text in prompts if args.token not in text.split()]
+    word = re.compile(rf"(?<!\w){re.escape(args.token)}(?!\w)", re.IGNORECASE)
+    mute = [text for text in prompts if not word.search(text)]
     if mute:
         raise ValueError(f"{len(mute)} of {len(prompts)} prompts don't say {args.token!r}, for example {mute[0]!r}")
     return rows, prompts
@@ -268,18 +271,40 @@ def _usual_rate(unet, rank):
     small = sum(p.numel() for p in unet.parameters()) < 10**8
     return ((5e-6, 1e-4), (3e-4, 2e-3))[small][bool(rank)]
 
+# %% ../nbs/kit/92_cli.ipynb #92taught
+_TAUGHT = (
+    "start size batch_size rank convolutions train_text prior_weight class_prompt class_count class_data "
+    "class_scale draw_steps noun token"
+).split()
+
+
+def _check_taught(args, rows, prompts):
+    "Note what a run teaches. Raises ValueError where the checkpoint in `out` was taught something else."
+    root, path = Path(args.folder).expanduser(), Path(args.out) / "taught.json"
+    facts = {name: getattr(args, name) for name in _TAUGHT}
+    facts = as_plain(facts | {"prompts": prompts, "pictures": [sha256(root / name) for name in rows["file"]]})
+    if args.resume and (path.parent / "checkpoint.pt").exists():
+        then = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if other := [name for name, value in facts.items() if then.get(name) != value]:
+            raise ValueError(f"the run in {args.out} has other {', '.join(other)}; take another --name, or --no-resume")
+    if _is_main():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, facts)
+
 # %% ../nbs/kit/92_cli.ipynb #92reportdream
 def _report_dreambooth(args, made, look):
     "Save what was taught, with its card, and say how it went."
     prompt, run = args.prompt or f"a {args.token} {args.noun}", made.run
-    facts = dict(class_prompt=args.class_prompt or f"a {args.noun}", prior_weight=args.prior_weight, lr=args.lr)
-    facts |= dict(batch_size=args.batch_size, accumulate=args.accumulate, ema=args.ema, seed=args.seed)
-    facts |= dict(text_encoder_trained=args.train_text, class_pictures=args.class_data or args.class_count)
+    facts = dict(class_prompt=args.class_prompt or f"a {args.noun}", prior_weight=args.prior_weight)
+    facts |= dict(learning_rate=args.lr, batch_size=args.batch_size, accumulate=args.accumulate, ema=args.ema)
+    own = Path(args.class_data).name if args.class_data else args.class_count
+    facts |= dict(seed=args.seed, text_encoder_trained=args.train_text, class_pictures=own)
     subject = args.subject or f"the {args.noun} of {Path(args.folder).name}"
     folder = Path(args.out) / args.name
     save_dreambooth(made, folder, args.start, prompt, subject, args.pictures, look(made.pipeline), **facts)
     print(f"{run.step:,} steps, {run.seconds:.0f} s, peak {run.peak_mb:,.0f} MiB; saved in {folder}")
-    print(f'see it with: dm-course sample {folder} --prompt "{prompt}"')
+    tail = f" --start {args.start}" if args.rank and Path(args.start).is_dir() else ""
+    print(f'see it with: dm-course sample {folder} --prompt "{prompt}"{tail}')
     print(f"or in the browser: dm-course demo text-to-image --model {folder}")
 
 # %% ../nbs/kit/92_cli.ipynb #92look
@@ -325,6 +350,9 @@ def run_dreambooth(
     rows, prompts = _subject_rows(args)
     pipeline = open_text_pipeline(args.start)
     check_token(pipeline.tokenizer, args.token)
+    if not 1 <= args.draw_steps <= (most := pipeline.scheduler.config.num_train_timesteps):
+        raise ValueError(f"--draw-steps must be 1 to {most}, not {args.draw_steps}")
+    _check_taught(args, rows, prompts)
     args.lr = given["lr"] = args.lr or _usual_rate(pipeline.unet, args.rank)
     size = args.size or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     ours, args.pictures = _stream_of(pipeline, rows, prompts, size), len(rows)
@@ -357,7 +385,7 @@ def add_dreambooth(
     p.add_argument("--name", default="my-subject", help="name of the new model, and of its folder in --out")
     _add_choices(p)
     _add_run(p)
-    p.set_defaults(run=run_dreambooth, out=None, tracker="tensorboard")
+    p.set_defaults(run=run_dreambooth, out=None, tracker="tensorboard", save_every=50, sample_every=50)
 
 # %% ../nbs/kit/92_cli.ipynb #d9072ad6
 def run_sample(
@@ -366,7 +394,7 @@ def run_sample(
     "Sample pictures from a model and save them as one grid. Raises ValueError for numbers out of range."
     prompt = getattr(args, "prompt", None)
     name = args.model or (TEXT_MODEL if prompt else "butterflies-32")
-    pipeline = open_text_pipeline(name) if prompt else open_pipeline(name)
+    pipeline = open_text_pipeline(name, start=getattr(args, "start", None)) if prompt else open_pipeline(name)
     if not 1 <= args.steps <= pipeline.scheduler.config.num_train_timesteps or args.count < 1:
         raise ValueError(f"--steps must be 1 to {pipeline.scheduler.config.num_train_timesteps}, --count at least 1")
     if prompt:
@@ -387,6 +415,7 @@ def add_sample(
     p.add_argument("model", nargs="?", help="a model of the zoo (default: butterflies-32), a saved folder, or a Hub id")
     p.add_argument("--prompt", help=f"for a text-to-image model (default: {TEXT_MODEL}): what to draw")
     p.add_argument("--scale", type=float, default=4.0, help="with a prompt: the guidance scale")
+    p.add_argument("--start", "--start-model", help="for a LoRA: the model that it changes (default: as its card says)")
     p.add_argument("--count", type=int, default=16)
     p.add_argument("--steps", type=int, default=40, help="steps of the sampler")
     p.add_argument("--seed", type=int, default=0)

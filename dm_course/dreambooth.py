@@ -72,7 +72,7 @@ def new_probe(
     mean, spread = x.mean(0), x.std(0) + 1e-6
     x, y = (x - mean) / spread, torch.tensor([1.0] * len(subject) + [-1.0] * len(others)).to(x)
     w = torch.linalg.solve(x.T @ x + ridge * len(x) * torch.eye(x.shape[1]).to(x), x.T @ y)
-    middle = sum((x @ w)[side].mean() for side in (y > 0, y < 0)) / 2
+    middle = sum((x @ w)[crowd].mean() for crowd in (y > 0, y < 0)) / 2
     return lambda features: ((features.to(w) - mean) / spread) @ w - middle
 
 # %% ../nbs/unit3/33_dreambooth.ipynb #u33wordsof
@@ -115,6 +115,7 @@ def stream(
         width, height = images.shape[-1], images.shape[-2]
         raise ValueError(f"the pictures are {width} × {height}; this model needs multiples of {need} pixels")
     embed_prompt(pipeline, prompts)  # it warns of what is cut off
+    prompts = pipeline.maybe_convert_prompt(prompts, tokenizer)  # a learned word may take several tokens
     options = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
     tokens = tokenizer(prompts, return_tensors="pt", **options).input_ids
     latents = [encode(pipeline.vae, x.to(pipeline.device)) for x in images.split(8)]
@@ -194,7 +195,10 @@ def class_pictures(
     batch_size=8,  # pictures at a time
     generator=None,  # torch.Generator on the CPU for the noise
 ):  # (count, 3, H, W) in [-1, 1], on the CPU; and their prompts, a list
-    """Let a model draw what it thinks of a class. Raises ValueError for fewer than one picture, or without a prompt."""
+    """Let a model draw what it thinks of a class. Raises ValueError for fewer than one picture, or without a prompt.
+
+    Source: Ruiz et al. 2022 (arXiv 2208.12242), section 3.3.
+    """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if count < 1 or not prompts:
         raise ValueError(f"{count} pictures of {len(prompts)} prompts: there is nothing to preserve")
@@ -247,8 +251,10 @@ def add_lora(
     """
     names = [name for name, _ in unet.named_modules()]
     wrong = [target for target in targets if not any(name.endswith(f".{target}") for name in names)]
-    if rank < 1 or wrong or not targets:
-        raise ValueError(f"rank {rank} on {', '.join(targets)}: ranks begin at 1, and no layer is called {wrong}")
+    if rank < 1 or not targets:
+        raise ValueError(f"rank {rank} on {len(targets)} kinds of layers: ranks begin at 1, and there must be a layer")
+    if wrong:
+        raise ValueError(f"no layer of this UNet is called {', '.join(wrong)}")
     unet.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -261,17 +267,30 @@ def check_subject(
     count,  # pictures of the subject
     rank=None,  # of LoRA
     train_text=False,  # is the text encoder trained too?
+    batch_size=1,  # pictures of each stream in a batch
+    prior_weight=1.0,  # λ
 ) -> None:
     """Check what `dreambooth` is asked for.
 
-    Raises ValueError for fewer than two pictures, and for LoRA together with the text encoder.
+    Raises ValueError for fewer than two pictures, for LoRA together with the text encoder, and for numbers out of range.
     """
     if count < 2:
         raise ValueError(f"{count} picture{'s' * (count != 1)} of the subject: two are needed, and five are better")
+    if rank is not None and rank < 1:
+        raise ValueError(f"the rank is {rank}: ranks begin at 1; without a rank the whole UNet is trained")
+    if batch_size < 1 or not 0 <= prior_weight < float("inf"):
+        raise ValueError(f"batch_size is {batch_size} and prior_weight {prior_weight}: at least 1, and not below 0")
     if rank and train_text:
         raise ValueError("LoRA is for the UNet here: take either a rank, or the text encoder too")
 
+# %% ../nbs/unit3/33_dreambooth.ipynb #u33nolora
+def _check_no_lora(unet):
+    "Raises ValueError for a UNet that carries LoRA: a second one would collide, and saved weights would not open."
+    if any("lora_" in name for name, _ in unet.named_parameters()):
+        cure = "pour it in first: pipeline.fuse_lora(), then pipeline.unload_lora_weights()"
+        raise ValueError(f"this UNet carries LoRA already; {cure}")
 
+# %% ../nbs/unit3/33_dreambooth.ipynb #u33dreamresult
 @dataclass
 class DreamBooth:
     """What `dreambooth` returns."""
@@ -293,15 +312,18 @@ def dreambooth(
     look=None,  # function (pipeline) -> (B, 3, H, W) in [-1, 1], called every `sample_every` steps
     **options,  # of `train`: steps, lr, ema, accumulate, out, save_every, sample_every, …
 ) -> DreamBooth:  # a new pipeline, and how it came about
-    """Teach a copy of a text-to-image model a subject. Raises ValueError where `check_subject` and `train` do."""
-    check_subject(len(subject["latents"]), rank, train_text)
+    """Teach a copy of a text-to-image model a subject. Source: Ruiz et al. 2022 (arXiv 2208.12242), section 3.
+
+    Raises ValueError where `check_subject` and `train` do, and for a UNet that carries LoRA already."""
+    check_subject(len(subject["latents"]), rank, train_text, batch_size, prior_weight)
+    _check_no_lora(pipeline.unet)
     made, seed = own_copy(pipeline), options.get("seed", 0)
     made.text_encoder.requires_grad_(train_text)
     if rank:
         add_lora(made.unet, rank, targets, seed)
     network, data = Prompted(made.unet, made.text_encoder), TwoStreams(subject, prior, batch_size, seed)
-    sample_fn, loss_fn = look and (lambda network: look(made)), dreambooth_loss(made.scheduler, prior_weight)
-    return DreamBooth(made, train(network, loss_fn, data, sample_fn, **options), rank)
+    loss_fn = dreambooth_loss(made.scheduler, prior_weight)
+    return DreamBooth(made, train(network, loss_fn, data, look and (lambda _: look(made)), **options), rank)
 
 # %% ../nbs/unit3/33_dreambooth.ipynb #u33cardtext
 LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers calls it
@@ -361,6 +383,8 @@ def save_dreambooth(
     head = {"name": folder.name, "library_name": "diffusers", "pipeline_tag": "text-to-image"}
     head |= {"tags": ["dreambooth", *(["lora"] if made.rank else [])], "instance_prompt": prompt, "subject": subject}
     head |= {"start": Path(start).name if Path(start).is_dir() else str(start), "pictures": count, "steps": run.step}
+    if str(start).count("/") == 1 and not Path(start).is_dir():
+        head["base_model"] = str(start)  # what the Hub understands
     head |= {"seconds": round(run.seconds), "last_loss": round(run.losses[-1], 4), "samples": samples is not None}
     _save_weights(made, folder)
     if samples is not None:
@@ -396,9 +420,7 @@ def open_text_pipeline(
     """Open a text-to-image pipeline: bundled, your own or the Hub's. Raises ValueError that says what is wrong."""
     folder = Path(name)
     if (folder / LORA_FILE).is_file():
-        pipeline = open_text_pipeline(start or _start_of(folder), device)
-        pipeline.unet.load_lora_adapter(str(folder), prefix="unet", weight_name=LORA_FILE, adapter_name="default")
-        return pipeline
+        return _open_lora(folder, str(start or _start_of(folder)), device)
     if name in models():
         pipeline = load(name, device)
     elif not folder.is_dir() and str(name).count("/") != 1:
@@ -411,12 +433,25 @@ def open_text_pipeline(
         raise ValueError(f"{name} is a {type(pipeline).__name__}, which draws nothing from a text")
     return _ready(pipeline, device)
 
+# %% ../nbs/unit3/33_dreambooth.ipynb #u33openlora
+def _open_lora(folder, start, device):
+    "What a LoRA changes, with the LoRA on it. The card of a local start model knows its folder's name only."
+    beside = folder.absolute().parent / start
+    try:
+        pipeline = open_text_pipeline(str(beside) if start not in models() and beside.is_dir() else start, device)
+    except ValueError as error:
+        why = f"{folder.name} is a LoRA of {start!r}, which can't be opened"
+        raise ValueError(f"{why}: put its folder beside it, or give start=… ({error})") from error
+    pipeline.unet.load_lora_adapter(str(folder), prefix="unet", weight_name=LORA_FILE, adapter_name="default")
+    return pipeline
+
 # %% ../nbs/unit3/33_dreambooth.ipynb #u33ex1check
 def check_lora_numbers(
     function,  # lora_numbers(layers, rank) -> int; layers is a list of shapes of weights
 ):  # True if it is right
     """Check exercise 1 of lesson 33: the size of LoRA; says what is off."""
-    cases = [([(64, 32)], 4, 384), ([(8, 8), (16, 8)], 1, 40), ([(32, 16, 3, 3)], 2, 352), ([], 4, 0)]
+    cases = [([(64, 32)], 4, 384), ([(8, 8), (16, 8)], 1, 40), ([(32, 16, 3, 3)], 2, 352), ([(8, 4, 3, 1)], 2, 40)]
+    cases += [([], 4, 0)]
     for layers, rank, wanted in cases:
         answer, problem = tried(function, layers, rank)
         if problem is None and answer != wanted:
@@ -474,11 +509,11 @@ def check_worth_it(
 ):  # True if it is right
     """Check exercise 4 of lesson 33: which models are not beaten in both respects; says what is off."""
     cases = [([0.1, 0.5, 0.4, 0.9], [0.1, 0.3, 0.5, 0.8], [0, 1, 3]), ([0.9, 0.2, 0.5], [0.2, 0.3, 0.1], [2, 0])]
-    cases += [([0.3, 0.6, 0.6], [0.1, 0.2, 0.4], [0, 1]), ([0.7], [0.3], [0])]
+    cases += [([0.3, 0.6, 0.6], [0.1, 0.2, 0.4], [0, 1]), ([0.7], [0.3], [0]), ([0.4, 0.7, 0.7], [0.3, 0.3, 0.3], [1])]
     for close, moved, wanted in cases:
         answer, problem = tried(function, close, moved)
-        if problem is None and not isinstance(answer, (list, tuple)):
-            problem = f"a list of indices is wanted, not {type(answer).__name__}"
+        if problem is None and not (isinstance(answer, (list, tuple)) and all(hasattr(i, "__index__") for i in answer)):
+            problem = f"a list of indices is wanted, not {answer!r}"
         found = None if problem else [int(i) for i in answer]
         if problem is None and found != wanted and sorted(found) == sorted(wanted):
             problem = f"the right ones, in another order: the least moved first, {wanted}"

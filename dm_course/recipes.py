@@ -9,7 +9,7 @@ __all__ = ['BUTTERFLIES', 'BUTTERFLIES_CARD', 'DIGITS_SCALE', 'CLASS_DIGITS_CARD
            'nearest_distance', 'grade_butterflies', 'butterflies_samples', 'train_butterflies', 'save_bundled',
            'digits_scheduler', 'digits_unet', 'draw_digits', 'grade_digits', 'digits_samples', 'train_digits', 'warp',
            'roughen', 'JudgeBatches', 'change_digits', 'recolour', 'change_garden', 'pixels', 'digits_for_judge',
-           'train_judge_digits', 'garden_for_judge', 'train_judge_garden', 'new_clip', 'all_captions',
+           'train_judge_digits', 'garden_for_judge', 'train_judge_garden', 'new_clip', 'row_attributes', 'all_captions',
            'captioned_garden', 'change_captioned', 'contrastive_loss', 'right_among', 'grade_clip', 'ClipFolder',
            'forget_unread', 'train_garden_clip', 'train_bundled']
 
@@ -405,7 +405,9 @@ class JudgeBatches:
     """Pictures with labels that change a little each time they come; `batch(step)` depends on the seed and step only."""
 
     images: torch.Tensor  # (N, C, H, W) uint8
-    labels: torch.Tensor  # (N,) or (N, groups) int64
+    labels: (
+        torch.Tensor
+    )  # (N, …), what belongs to each picture: classes, the tokens of captions, or a mask (H, W) of uint8
     change: Callable  # (pictures in [-1, 1], labels, generator) → (pictures, labels)
     batch_size: int = 128  # pictures a batch
     seed: int = 0  # of the order and of the changes
@@ -653,16 +655,18 @@ def new_clip(
     return clip, open_clip.SimpleTokenizer(context_length=clip.context_length)
 
 # %% ../nbs/kit/90_recipes.ipynb #90clipcaptions
+def row_attributes(
+    rows,  # a garden dataset
+) -> list[Attributes]:  # one for each picture
+    "What is true of each picture of a garden dataset."
+    return [Attributes(*values) for values in zip(*(rows[name] for name in Attributes.__dataclass_fields__))]
+
+
 def all_captions(
     rows,  # a garden dataset
 ) -> list[list[str]]:  # for each picture its caption in every phrasing, and in short
     "Say of each picture what is true of it, in all the ways we have."
-    names = Attributes.__dataclass_fields__
-    found = []
-    for values in zip(*(rows[name] for name in names)):
-        a = Attributes(*values)
-        found.append([caption(a, i) for i in range(len(PHRASINGS))] + short_captions(a)[:1])
-    return found
+    return [[caption(a, i) for i in range(len(PHRASINGS))] + short_captions(a)[:1] for a in row_attributes(rows)]
 
 # %% ../nbs/kit/90_recipes.ipynb #90clipcaptioned
 def captioned_garden(

@@ -317,16 +317,20 @@ def parts_at_hand(
     """
     index = folder / "model_index.json"
     listed = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
-    listed = {name: value for name, value in listed.items() if isinstance(value, list)}
+    listed = {n: v for n, v in listed.items() if isinstance(v, list) and len(v) == 2 and not n.startswith("_")}
     empty = {name: None for name, value in listed.items() if value == [None, None]}
     missing = [name for name in listed if name not in empty and not (folder / name).is_dir()]
     if not missing:
         return empty
     base = card(folder.name).get("parts_from")
-    if base is None:
-        raise WeightsError(f"{folder.name} has no {', '.join(missing)}, and its card names no model to take it from.")
-    base = load(base, device)
-    return empty | {name: getattr(base, name) for name in missing}
+    if base in (None, folder.name):
+        raise WeightsError(
+            f"{folder.name} has no {', '.join(missing)}, and its card names no other model to take it from."
+        )
+    parts = load(base, device).components
+    if lacking := [name for name in missing if parts.get(name) is None]:
+        raise WeightsError(f"{folder.name} takes {', '.join(lacking)} from {base}, which has none.")
+    return empty | {name: parts[name] for name in missing}
 
 # %% ../nbs/kit/04_zoo.ipynb #dde7c05a
 def load(

@@ -363,10 +363,31 @@ def test_lora_is_a_product_of_two_thin_matrices(pipeline):
     assert torch.allclose(new(x), F.conv2d(x, old.weight + change, old.bias, padding=1), atol=1e-4)
 
 
-@pytest.mark.parametrize(("rank", "targets"), [(0, ATTENTION), (4, ("to_x",)), (4, ())])
-def test_an_impossible_lora_is_refused(pipeline, rank, targets):
-    with pytest.raises(ValueError, match="ranks begin at 1"):
+@pytest.mark.parametrize(
+    ("rank", "targets", "why"),
+    [(0, ATTENTION, "ranks begin at 1"), (4, ("to_x",), "is called to_x"), (4, (), "must be a layer")],
+)
+def test_an_impossible_lora_is_refused(pipeline, rank, targets, why):
+    with pytest.raises(ValueError, match=why):
         add_lora(own_copy(pipeline).unet, rank, targets)
+
+
+def test_a_model_that_carries_lora_is_not_taught(pipeline, streams):
+    made = dreambooth(pipeline, *streams, batch_size=1, steps=1, rank=2, **FAST).pipeline
+    with pytest.raises(ValueError, match="fuse_lora"):
+        dreambooth(made, *streams, batch_size=1, steps=1, **FAST)
+    made.fuse_lora()
+    made.unload_lora_weights()
+    assert dreambooth(made, *streams, batch_size=1, steps=1, **FAST).run.step == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [({"batch_size": 0}, "at least 1"), ({"prior_weight": -1.0}, "not below 0"), ({"rank": 0}, "ranks begin at 1")],
+)
+def test_numbers_out_of_range_are_refused(pipeline, streams, wrong, why):
+    with pytest.raises(ValueError, match=why):
+        dreambooth(pipeline, *streams, steps=1, **wrong)
 
 
 # Training
@@ -541,7 +562,7 @@ def test_the_command_teaches_a_folder_of_pictures(saved, pictures, tmp_path, mor
     text = (tmp_path / "run" / "my-moth" / "README.md").read_text()
     head = yaml.safe_load(text.split("---\n")[1])
     assert head["instance_prompt"] == "a sks butterfly" and head["class_prompt"] == "a butterfly"
-    assert head["lr"] == (2e-3 if more else 3e-4)  # what small models bear
+    assert head["learning_rate"] == (2e-3 if more else 3e-4)  # what small models bear
     assert (tmp_path / "run" / "my-moth" / LORA_FILE).exists() == bool(more)
     assert "saved in" in capsys.readouterr().out
 
@@ -554,6 +575,10 @@ def test_the_command_teaches_a_folder_of_pictures(saved, pictures, tmp_path, mor
         (["--steps", "0"], "steps is 0"),
         (["--size", "30"], "multiples of 8"),
         (["--rank", "2", "--train-text"], "either a rank"),
+        (["--rank", "0"], "ranks begin at 1"),
+        (["--batch-size", "0"], "at least 1"),
+        (["--prior-weight", "-1"], "not below 0"),
+        (["--draw-steps", "0"], "--draw-steps must be"),
         (["--class-data", "nowhere"], "nowhere"),
     ],
 )
@@ -572,6 +597,15 @@ def test_mistakes_of_the_command_are_one_line(saved, pictures, tmp_path, more, w
     assert cli.main([*words, "--tracker", "none", *more]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("dm-course: ") and re.search(why, error)
+
+
+def test_another_subject_does_not_go_on_from_the_last(saved, pictures, tmp_path, capsys):
+    words = ["dreambooth", str(pictures), "--start", str(saved[0] / "start"), "--noun", "butterfly", "--steps", "1"]
+    words += ["--class-count", "0", "--draw-steps", "1", "--tracker", "none", "--out", str(tmp_path / "run")]
+    assert cli.main(words) == 0 and cli.main(words) == 0  # the same again: nothing is left to do
+    Image.new("RGB", (40, 40), "red").save(pictures / "0.png")
+    assert cli.main(words) == 2 and "has other pictures" in capsys.readouterr().err
+    assert cli.main([*words, "--no-resume"]) == 0
 
 
 def test_one_picture_or_none_is_too_few(saved, pictures, capsys):
@@ -619,7 +653,8 @@ def poured_in_place(weight, down, up, strength):
         ("check_worth_it", lambda c, m: list(range(len(c))), r"it should be \[0, 1, 3\]"),
         ("check_worth_it", lambda c, m: [3, 1, 0], "the least moved first"),
         ("check_worth_it", lambda c, m: [max(range(len(c)), key=lambda i: c[i])], "it should be"),
-        ("check_worth_it", lambda c, m: 3, "a list of indices is wanted, not int"),
+        ("check_worth_it", lambda c, m: 3, "a list of indices is wanted, not 3"),
+        ("check_worth_it", lambda c, m: sorted(range(len(c)), key=m.__getitem__)[:2], "it should be"),
     ],
 )  # fmt: skip
 def test_checkers_say_what_is_off(check, wrong, said, capsys):

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from dm_course import latent_recipes, recipes, zoo
@@ -14,7 +15,11 @@ from dm_course.garden import Attributes
 from dm_course.latent import decode, embed_prompt, encode
 from dm_course.latent_recipes import (
     LATENT_SCALE,
+    MASK_FACTS,
     READ_GROUPS,
+    SD_FACTS,
+    SHAPE_FACTS,
+    UPSCALE_FACTS,
     LatentBatches,
     PipelineFolder,
     all_prompts,
@@ -63,6 +68,8 @@ def test_the_tokenizer_survives_being_saved(tokenizer, tmp_path):
     unet = new_text_unet((16, 16, 16), size=8, states=16)
     pipeline = sd_pipeline(new_autoencoder((16, 16, 16), 32), new_text_encoder(tokenizer, 16, 1), tokenizer, unet)
     PipelineFolder(pipeline).save_pretrained(tmp_path)
+    names = load_file(tmp_path / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in names)  # as releases of transformers before 5 look for them
     folder = tmp_path / "tokenizer"
     again = CLIPTokenizer.from_pretrained(folder)
     for text in ("a blue butterfly, zebra-striped", "", "sks"):
@@ -118,7 +125,7 @@ def test_the_schedule_ends_in_nothing_but_noise():
     assert scheduler.alphas_cumprod[-1] == 0 and scheduler.timesteps[0] == 999
 
 
-def test_captions_are_dropped_and_words_hidden_as_said(tokenizer, monkeypatch):
+def test_captions_are_dropped_and_words_hidden_as_said(tokenizer):
     unet, told = new_text_unet((16, 16, 16), size=8, states=16), []
     pipeline = sd_pipeline(new_autoencoder((16, 16, 16), 32), new_text_encoder(tokenizer, 16, 1), tokenizer, unet)
     tokens = prompts_and_labels([ONE] * 64, tokenizer)[0]
@@ -198,6 +205,18 @@ def test_the_recipes_run_to_their_end_and_the_zoo_puts_the_parts_together(narrow
     for a, b in zip(sd.vae.parameters(), shaped.vae.parameters()):
         assert torch.equal(a, b)
     assert sd("a red butterfly", num_inference_steps=1, output_type="pt").images.shape == (1, 3, 64, 64)
+
+
+def test_a_stopped_run_goes_on_with_its_own_tokenizer(narrow, tmp_path, monkeypatch):
+    first = train_bundled("garden-sd", narrow / "garden-sd", 2, tmp_path / "run")
+    monkeypatch.setattr(latent_recipes, "new_tokenizer", lambda texts: pytest.fail("trained again"))
+    again = train_bundled("garden-sd", narrow / "garden-sd", 2, tmp_path / "run")
+    assert again["read"] == first["read"]
+
+
+@pytest.mark.parametrize("facts", [SD_FACTS, MASK_FACTS, SHAPE_FACTS, UPSCALE_FACTS])
+def test_a_card_names_the_recipe_that_exists(facts):
+    assert facts["recipe"] == "dm_course." + recipes.RECIPES[facts["name"]].replace(":", ".")
 
 
 def test_a_part_that_nobody_has_is_named(tmp_path, monkeypatch):
