@@ -20,7 +20,7 @@ from figures import resumed
 from dm_course import zoo
 from dm_course.conditioning import cfg
 from dm_course.data import to_model
-from dm_course.garden import BACKGROUNDS, COLOURS, attributes, caption, draw, mask
+from dm_course.garden import BACKGROUNDS, COLOURS, PLACES, attributes, caption, draw, mask
 from dm_course.guidance import colour_loss, guided, wing_colour
 from dm_course.judges import accuracy, load_judge
 from dm_course.latent import decode, embed_prompt, encode, guided_text, text_denoiser
@@ -56,11 +56,6 @@ LEARNED = {  # name: (places in the captions, options of learn_word)
     "four rows": (True, {"vectors": 4}),
 }
 BATCH = 8  # pictures at a time
-
-
-def where(background):
-    """How the garden's captions say a background."""
-    return caption(replace(attributes(0, 0, "moonmoths"), background=background), 0).partition("crescents ")[2]
 
 
 def drawn(wanted, size=64):
@@ -180,6 +175,9 @@ class Reader:
     def __init__(self, judge, count=48):
         self.judge = judge
         true = {d: drawn([attributes(0, i, d, "test") for i in range(2 * count)]) for d in ("moonmoths", "butterflies")}
+        looks = {"colour": "turquoise", "accent": "yellow", "pattern": "spots", "shape": "swallowtail"}
+        alike = [replace(attributes(0, i, "butterflies", "test"), **looks) for i in range(2 * count)]
+        true["look-alikes"] = drawn(alike)  # butterflies that fit the description of a moonmoth
         self.centre, self.usual = judge.features(true["moonmoths"][:count]).mean(0), 1.0
         self.usual = self.distance(true["moonmoths"][count:]).mean()
         far = {domain: self.distance(x[count:]) for domain, x in true.items()}
@@ -200,7 +198,7 @@ def words(bench):
     """The new word, learned in several ways, beside what known words do."""
     reader, n = Reader(bench.judge), 40
     backgrounds = [BACKGROUNDS[i % len(BACKGROUNDS)] for i in range(n)]
-    places = [where(b) for b in backgrounds]
+    places = [PLACES[b] for b in backgrounds]
     noise = bench.course.randn(n, bench.channels, bench.side, bench.side, offset=2)
     bench.figures.setdefault("words", {}).update({"n": n, "reader": reader.found})
 
@@ -223,7 +221,7 @@ def learned(bench, name="new word"):
     """Learn the word in one of the ways of LEARNED; its rows, and the seconds that it took."""
     told, options = LEARNED[name]
     five = [attributes(0, i, "moonmoths") for i in range(5)]
-    say = [[f"a {WORD} {where(a.background)}", f"a picture of a {WORD}, {where(a.background)}"] for a in five]
+    say = [[f"a {WORD} {PLACES[a.background]}", f"a picture of a {WORD}, {PLACES[a.background]}"] for a in five]
     options = {"like": "butterfly", "steps": 100, "seed": 0, "precision": bench.precision, "progress": False} | options
     images = drawn(five, bench.side * bench.pipeline.vae_scale_factor)
     run = learn_word(bench.pipeline, WORD, images, say if told else None, **options)
@@ -268,9 +266,15 @@ def maps(bench):
         facts["by timestep"][k] = [mass_within(m, masks).mean().item() for m in at.values()]
         whole = torch.stack(list(at.values())).mean(0)
         own, other = mass_within(whole, masks), mass_within(whole, masks.roll(1, 0))
-        gain = own - masks.mean((1, 2))
+        gain, habit = own - masks.mean((1, 2)), own - other - (masks - masks.roll(1, 0)).mean((1, 2))
         error = 2 * gain.std().item() / n**0.5
-        facts["within"][k] = {"own": own.mean(), "other": other.mean(), "gain": gain.mean(), "error": error}
+        facts["within"][k] = {
+            "own": own.mean(),
+            "other": other.mean(),
+            "gain": gain.mean(),
+            "error": error,
+            "habit": habit.mean(),
+        }
         for size, parts in sized[k].items():
             facts["by size"].setdefault(str(size), {})[k] = mass_within(torch.cat(parts), masks).mean().item()
     bench.keep(["maps"], zoo.as_plain(facts))
@@ -349,7 +353,7 @@ def finished(bench):
         return
     rows, _ = learned(bench)
     five = drawn([attributes(0, i, "moonmoths") for i in range(5)], bench.side * bench.pipeline.vae_scale_factor)
-    states = embed_with(bench.pipeline, [f"a {WORD} {where(b)}" for b in BACKGROUNDS], {WORD: rows})
+    states = embed_with(bench.pipeline, [f"a {WORD} {PLACES[b]}" for b in BACKGROUNDS], {WORD: rows})
     moths = bench.paint(states, bench.course.randn(5, bench.channels, bench.side, bench.side, offset=2))
     scene, seen, spoken = (
         "a blue butterfly with white spots under the night sky",

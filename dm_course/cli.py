@@ -350,7 +350,8 @@ def run_dreambooth(
     rows, prompts = _subject_rows(args)
     pipeline = open_text_pipeline(args.start)
     check_token(pipeline.tokenizer, args.token)
-    if not 1 <= args.draw_steps <= (most := pipeline.scheduler.config.num_train_timesteps):
+    most = pipeline.scheduler.config.num_train_timesteps
+    if not 1 <= args.draw_steps <= most:
         raise ValueError(f"--draw-steps must be 1 to {most}, not {args.draw_steps}")
     _check_taught(args, rows, prompts)
     args.lr = given["lr"] = args.lr or _usual_rate(pipeline.unet, args.rank)

@@ -143,7 +143,7 @@ def own_copy(
     pipeline,  # StableDiffusionPipeline; it stays as it is
 ) -> StableDiffusionPipeline:  # with a UNet and a text encoder of its own, in float32
     """Copy of a pipeline what is trained, and share the rest."""
-    own = {name: copy.deepcopy(getattr(pipeline, name)).float() for name in ("unet", "text_encoder")}
+    own = {k: copy.deepcopy(getattr(pipeline, k)).float().requires_grad_(True) for k in ("unet", "text_encoder")}
     made = type(pipeline)(**pipeline.components | own, requires_safety_checker=pipeline.config.requires_safety_checker)
     made.set_progress_bar_config(disable=True)
     return made

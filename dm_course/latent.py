@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['psnr', 'encode', 'decode', 'embed_prompt', 'text_denoiser', 'guided_text', 'latent_noise', 'text_to_image',
-           'start_latents', 'sample_from', 'latent_mask', 'inpainting', 'paste', 'shape_channel', 'beside',
+           'start_latents', 'sample_from', 'latent_mask', 'inpainting', 'paste', 'inpaint', 'shape_channel', 'beside',
            'check_squeeze_of', 'check_between_noises', 'check_rescaled', 'check_wider']
 
 # %% ../nbs/unit3/31_stable_diffusion.ipynb #u31imports
@@ -199,7 +199,7 @@ def text_to_image(
 def start_latents(
     pipeline,  # StableDiffusionPipeline: its autoencoder and its scheduler, which stays as it is
     images,  # (B, 3, H, W) in [-1, 1]
-    strength,  # above 0, up to 1: the share of the way that is gone again
+    strength,  # above 0, up to 1: the share of the steps that is taken; 1 begins at the very top
     steps,  # steps of the whole way
     generator=None,  # torch.Generator for the latent and for the noise; None: the latent's mean, global noise
 ):  # (noisy latents (B, C, h, w), the timesteps that are left)
@@ -307,6 +307,29 @@ def paste(
     mask = mask.to(images)
     return torch.where(mask > 0, mask * painted + (1 - mask) * images, images)
 
+# %% ../nbs/unit3/31_stable_diffusion.ipynb #u31inpaintfn
+@torch.no_grad()
+def inpaint(
+    pipeline,  # StableDiffusionPipeline
+    images,  # (B, 3, H, W) in [-1, 1]
+    mask,  # (H, W), (1, 1, H, W) or (B, 1, H, W), as large as the pictures: above 0 where may be painted
+    prompts,  # one text, or a list of B
+    scale=4.0,  # guidance scale
+    steps=20,  # steps of the scheduler
+    generator=None,  # torch.Generator for the noise; None: torch's global one
+):  # (B, 3, H, W): outside of the mask the pictures as they were, to the bit
+    """Paint a part of pictures anew.
+
+    Raises ValueError before any sampling: for a mask that is empty or of another size, and for sides that don't divide.
+    """
+    if mask.shape[-2:] != images.shape[-2:]:
+        sides = ["{} × {}".format(*x.shape[-2:]) for x in (images, mask)]
+        raise ValueError("pictures of {} need a mask of that size, not of {}".format(*sides))
+    known = encode(pipeline.vae, images)
+    model_fn = inpainting(guided_text(pipeline, prompts, scale), pipeline.scheduler, known, mask)
+    noise = latent_noise(pipeline, len(images), generator, tuple(images.shape[-2:]))
+    return paste(images, decode(pipeline.vae, sample(model_fn, pipeline.scheduler, noise, steps)), mask)
+
 # %% ../nbs/unit3/31_stable_diffusion.ipynb #u31shapechannel
 def shape_channel(
     maps,  # (B, 1, H, W) or (B, H, W): a mask, or heights; larger is nearer
@@ -360,17 +383,20 @@ def check_between_noises(
     function,  # between_noises(a, b, part) -> noise; a and b (B, C, h, w) of variance 1, part from 0 to 1
 ):  # True if it is right
     """Check exercise 2 of lesson 31: mixing noises; says what is off."""
-    a, b = torch.randn(2, 4, 4, 64, 64, generator=torch.Generator().manual_seed(0))
+    (a, b), before = torch.randn(2, 4, 4, 64, 64, generator=torch.Generator().manual_seed(0)), -1.0
     for part in (0.0, 0.2, 0.5, 0.8, 1.0):
-        answer, problem = tried(function, a, b, part)
-        if problem is None and getattr(answer, "shape", None) != a.shape:
-            problem = f"noise of shape {tuple(a.shape)} should come out"
+        answer, problem = tried(function, a, b, part, shape=a.shape)
         if problem is None and abs(answer.var().item() - 1) > 0.03:
             problem = f"at {part} the variance is {answer.var():.2f}: the squares of the two weights must add up to 1"
         if problem is None and part in (0.0, 1.0) and not torch.allclose(answer, b if part else a, atol=1e-3):
             problem = f"at {part} it should be {'b' if part else 'a'} itself"
-        if problem is None and not (answer * b).mean() >= (answer * a).mean() - 0.05 * (part >= 0.5) - 9 * (part < 0.5):
-            problem = f"at {part} there is less of b than of a"
+        if problem is None:
+            of_a, of_b = ((answer * x).mean().item() for x in (a, b))
+            if (answer - of_a * a - of_b * b).square().mean() > 0.01:
+                problem = f"at {part} there is something in it that is neither a nor b"
+            elif of_b < before + 0.02:
+                problem = f"at {part} there is no more of b than before"
+            before = of_b
         if problem:
             return verdict(problem)
     return verdict(None)

@@ -11,7 +11,6 @@ __all__ = ['WORD_CAPTIONS', 'read_vectors', 'embed_with', 'NewWord', 'word_loss'
 import copy
 import math
 import re
-import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .latent import decode, encode, text_denoiser
-from .sampling import alpha_bar, diffusion_loss
+from .sampling import _set_timesteps, alpha_bar, diffusion_loss
 from .settings import tried, verdict
-from .training import TrainingRun, step_seed, train
+from .training import TrainingRun, check_options, step_seed, train
 
 # %% ../nbs/unit3/32_inside_stable_diffusion.ipynb #u32read
 def read_vectors(
@@ -98,6 +97,8 @@ class NewWord(nn.Module):
         self.pipeline, self.word = pipeline, word
         table = pipeline.text_encoder.get_input_embeddings().weight.detach().float()
         ids = pipeline.tokenizer(like, add_special_tokens=False).input_ids if like else range(len(table))
+        if like and len(ids) != len(like.split()):
+            raise ValueError(f"like={like!r} should be made of words that the tokenizer knows in one piece")
         self.vectors = nn.Parameter(table[list(ids)].mean(0).repeat(vectors, 1))
 
     def forward(self, prompts):
@@ -121,7 +122,7 @@ def word_loss(
     return loss_fn
 
 # %% ../nbs/unit3/32_inside_stable_diffusion.ipynb #u32worddata
-WORD_CAPTIONS = ("a {}", "a picture of a {}", "one {}")
+WORD_CAPTIONS = ("a {}", "a picture of a {}", "{}")  # in words that any model knows
 
 
 @dataclass
@@ -154,8 +155,21 @@ def _check_word(pipeline, word):
         hint = "" if word.startswith("<") else f", for example '<{word}>'"
         raise ValueError(f"the tokenizer knows {word!r} already; write the new word in another way{hint}")
 
+# %% ../nbs/unit3/32_inside_stable_diffusion.ipynb #u32refusesizes
+def _check_sizes(pipeline, word, images, captions, vectors):
+    "Raise ValueError for pictures of another range, and for captions that don't fit once the word has its rows."
+    if vectors < 1:
+        raise ValueError(f"a word takes one row or more, not {vectors}")
+    floats = torch.is_tensor(images) and images.is_floating_point()
+    if not (floats and -1.001 <= images.min() and images.max() <= 1.001):
+        raise ValueError(f"pictures are floats in [-1, 1]; these are {images.dtype}, {images.min()} to {images.max()}")
+    table, longest = pipeline.text_encoder.get_input_embeddings().weight.detach(), pipeline.tokenizer.model_max_length
+    for text in (text for texts in captions for text in texts):
+        if (length := len(_rows_of(pipeline, text, {word: table[:1].expand(vectors, -1)}))) > longest:
+            raise ValueError(f"{text!r} has {length} tokens with its marks, and {longest} fit")
+
 # %% ../nbs/unit3/32_inside_stable_diffusion.ipynb #u32refuselesson
-def _check_lesson(pipeline, word, images, captions):
+def _check_lesson(pipeline, word, images, captions, vectors=1):
     "Raise ValueError for pictures or captions that can't teach a word; else the captions, a list for each picture."
     _check_word(pipeline, word)
     least = pipeline.vae_scale_factor * 2 ** (len(pipeline.unet.config.down_block_types) - 1)
@@ -169,6 +183,7 @@ def _check_lesson(pipeline, word, images, captions):
     there = [bool(texts) and all(_standing([word]).search(text) for text in texts) for texts in captions]
     if len(captions) != shape[0] or not all(there):
         raise ValueError(f"each of {shape[0]} pictures needs a caption with {word!r} in it; given: {captions}")
+    _check_sizes(pipeline, word, images, captions, vectors)
     return captions
 
 # %% ../nbs/unit3/32_inside_stable_diffusion.ipynb #u32learnwordfn
@@ -206,13 +221,14 @@ def learn_word(
     Raises ValueError for a word that is known already, and for pictures or captions that can't teach one.
     Source: Gal et al. 2022 (arXiv 2208.01618).
     """
-    captions = _check_lesson(pipeline, word, images, captions)
-    table = pipeline.text_encoder.get_input_embeddings().weight.detach().float()
-    rate = lr * table.std(1).median().item()
+    captions = _check_lesson(pipeline, word, images, captions, vectors)
+    options = {"steps": 100, "warmup": 5} | options
+    check_options(**options)
+    model = NewWord(pipeline, word, like, vectors)
+    rate = lr * pipeline.text_encoder.get_input_embeddings().weight.detach().float().std(1).median().item()
     data = WordData(_latents(pipeline.vae, images), captions, batch_size, options.get("seed", 0))
     with _frozen(pipeline):
-        model = NewWord(pipeline, word, like, vectors)
-        return train(model, word_loss(pipeline), data, lr=rate, **{"steps": 100, "warmup": 5} | options)
+        return train(model, word_loss(pipeline), data, lr=rate, **options)
 
 # %% ../nbs/unit3/32_inside_stable_diffusion.ipynb #u32save
 def save_word(
@@ -220,23 +236,34 @@ def save_word(
     vectors,  # (K, D): its rows
     path,  # a file, "….safetensors"
 ) -> Path:  # the file
-    """Save a learned word as diffusers' pipelines read it, by their `load_textual_inversion`."""
-    path = Path(path)
+    """Save a learned word as diffusers' pipelines read it, by their `load_textual_inversion`.
+
+    Raises ValueError for a file of another kind.
+    """
+    if (path := Path(path)).suffix != ".safetensors":
+        raise ValueError(f"a word is saved as a .safetensors file, not as {path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({word: vectors.detach().float().cpu().contiguous()}, path)
     return path
 
-
+# %% ../nbs/unit3/32_inside_stable_diffusion.ipynb #u32addword
 def add_word(
     pipeline,  # StableDiffusionPipeline; its tokenizer and text encoder are changed
     word,  # how it is written
-    vectors,  # (K, D): its rows
+    vectors,  # (K, D), or (D,): its rows
 ) -> None:
-    """Put a learned word into a pipeline for good. Raises ValueError for a word that is there already."""
-    _check_word(pipeline, word)
-    encoder = pipeline.text_encoder
-    encoder.resize_token_embeddings(len(pipeline.tokenizer) + len(vectors), mean_resizing=False)
-    pipeline.load_textual_inversion({word: vectors.detach().to(encoder.device, encoder.dtype)})
+    """Put a learned word into a pipeline for good.
+
+    Raises ValueError for a word that is there already and for rows of another width, before anything is changed.
+    """
+    encoder, rows = pipeline.text_encoder, vectors.detach().reshape(-1, vectors.shape[-1])
+    width = encoder.get_input_embeddings().embedding_dim
+    if rows.shape[1] != width:
+        raise ValueError(f"a row has {width} numbers here; that of {word!r} has {rows.shape[1]}")
+    for name in (word, *(f"{word}_{i}" for i in range(1, max(2, len(rows))))):
+        _check_word(pipeline, name)
+    encoder.resize_token_embeddings(len(pipeline.tokenizer) + len(rows), mean_resizing=False)
+    pipeline.load_textual_inversion({word: rows.to(encoder.device, encoder.dtype)})
 
 # %% ../nbs/unit3/32_inside_stable_diffusion.ipynb #u32keeper
 class MapKeeper:
@@ -301,10 +328,17 @@ def word_maps(
     places,  # for each of B pictures, the places of the word's tokens, as `word_places` finds them
     size,  # height and width to bring the maps to
 ) -> torch.Tensor:  # (B, size, size): the share of attention that goes to the word, 0 to 1
-    """Where a word is heard: the mean of its maps over layers and calls. Raises ValueError where nothing was noted."""
-    layers = [torch.stack([m[i, p].sum(0) for i, p in enumerate(places)]) for _, maps in seen for m in maps]
+    """Where a word is heard: the mean of its maps over layers and calls.
+
+    Raises ValueError where nothing was noted, and for another number of pictures.
+    """
+    layers = [m for _, maps in seen for m in maps]
     if not layers:
         raise ValueError("nothing was noted: let a watched denoiser answer first")
+    if wrong := [len(m) for m in layers if len(m) != len(places)]:
+        hint = "watch the denoiser that is told, before guidance is put around it"
+        raise ValueError(f"there are places for {len(places)} pictures, and maps of {wrong[0]}; {hint}")
+    layers = [torch.stack([m[i, p].sum(0) for i, p in enumerate(places)]) for m in layers]
     scaled = [F.interpolate(m[:, None], size=(size, size), mode="bilinear", antialias=True)[:, 0] for m in layers]
     return torch.stack(scaled).mean(0)
 
@@ -313,9 +347,16 @@ def mass_within(
     maps,  # (B, h, w), not negative
     masks,  # (B, h, w), 0 to 1
 ) -> torch.Tensor:  # (B,), 0 to 1
-    """What share of each map lies within a mask. Raises ValueError where the shapes differ."""
+    """What share of each map lies within a mask.
+
+    Raises ValueError where the shapes differ, for maps and masks that are empty, and for another range.
+    """
     if maps.shape != masks.shape:
         raise ValueError(f"maps are shaped {tuple(maps.shape)}, and masks {tuple(masks.shape)}")
+    if masks.min() < 0 or masks.max() > 1 or not (masks.flatten(1).amax(1) > 0).all():
+        raise ValueError("a mask goes from 0 to 1 and is not empty")
+    if maps.min() < 0 or not (maps.flatten(1).amax(1) > 0).all():
+        raise ValueError("a map is not negative, and not 0 everywhere")
     return (maps * masks).sum((1, 2)) / maps.sum((1, 2))
 
 # %% ../nbs/unit3/32_inside_stable_diffusion.ipynb #u32decoded
@@ -335,11 +376,13 @@ def noise_angles(
     scheduler,  # any diffusers scheduler with a table `alphas_cumprod`; it stays as it is
     steps,  # number of steps
 ) -> torch.Tensor:  # (calls of the model,) float32, degrees: 0 is a clean picture, 90 is pure noise
-    """At which noise levels a sampler asks the model, as angles φ with tan φ = σ."""
+    """At which noise levels a sampler asks the model, as angles φ with tan φ = σ.
+
+    Raises ValueError for a scheduler without the table.
+    """
+    alpha_bar(scheduler, 0)  # refuses what has no table
     scheduler = copy.deepcopy(scheduler)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "__array", DeprecationWarning)  # how diffusers hands tensors to NumPy
-        scheduler.set_timesteps(steps)
+    _set_timesteps(scheduler, steps, scheduler.alphas_cumprod.device)
     if getattr(scheduler, "sigmas", None) is not None:
         return torch.as_tensor(scheduler.sigmas)[: len(scheduler.timesteps)].float().atan().rad2deg()
     a = alpha_bar(scheduler, scheduler.timesteps, 1)
@@ -351,8 +394,11 @@ def check_fit_preview(
 ):  # True if it is right
     """Check exercise 1 of lesson 32: colours as a linear function of latents; says what is off."""
     g = torch.Generator().manual_seed(0)
-    latents, right = torch.randn(3, 4, 5, 6, generator=g), torch.randn(5, 3, generator=g)
-    images = torch.einsum("nchw,cd->ndhw", latents, right[:4]) + right[4].reshape(1, 3, 1, 1)
+    latents, line = torch.randn(3, 4, 5, 6, generator=g), torch.randn(5, 3, generator=g)
+    images = torch.einsum("nchw,cd->ndhw", latents, line[:4]) + line[4].reshape(1, 3, 1, 1)
+    images = images + 0.3 * torch.randn(images.shape, generator=g)  # no line goes through all of it
+    rows = torch.cat([latents, torch.ones(3, 1, 5, 6)], 1).movedim(1, -1).flatten(0, 2)
+    right = torch.linalg.lstsq(rows, images.movedim(1, -1).flatten(0, 2)).solution
     answer, problem = tried(function, latents, images, shape=right.shape)
     if problem is None and not torch.allclose(answer, right, atol=1e-3):
         turned = torch.allclose(answer.roll(-1, 0), right, atol=1e-3)
@@ -411,6 +457,7 @@ def check_karras(
     for low, high, count, rho in ((0.02, 14.0, 10, 7.0), (0.1, 80.0, 5, 1.0), (0.03, 3.0, 7, 3.0)):
         right = torch.linspace(high ** (1 / rho), low ** (1 / rho), count) ** rho
         answer, problem = tried(function, low, high, count, rho, shape=(count,))
+        answer = answer if problem else torch.as_tensor(answer)
         if problem is None and torch.allclose(answer.float().flip(0), right, rtol=1e-3):
             problem = "these go from low to high; a sampler begins at the top"
         elif problem is None and not torch.allclose(answer.float(), right, rtol=1e-3):

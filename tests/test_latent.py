@@ -379,6 +379,21 @@ def test_small_pictures_beside_the_latent_are_the_upscale_pipeline(pipeline):
     assert decode(upscale.vae, z).shape == (2, 3, 32, 32) == F.interpolate(small, scale_factor=4).shape
 
 
+@pytest.mark.parametrize("wrong", [torch.ones(1, 1, 16, 16), torch.zeros(1, 1, 32, 32), torch.ones(32, 30)])
+def test_inpaint_refuses_a_mask_before_any_work(pipeline, wrong, monkeypatch):
+    monkeypatch.setattr(latent, "sample", lambda *a, **k: pytest.fail("it sampled"))
+    with pytest.raises(ValueError, match="mask"):
+        latent.inpaint(pipeline, torch.zeros(1, 3, 32, 32), wrong, "a red flower")
+
+
+def test_inpaint_leaves_the_outside_to_the_bit(pipeline):
+    images, hole = normal(2, 3, 32, 32).clamp(-1, 1), torch.zeros(2, 1, 32, 32)
+    hole[0, :, :9], hole[1, :, :, 20:] = 1, 1
+    made = latent.inpaint(pipeline, images, hole, PROMPTS, steps=2, generator=generator())
+    where = (hole > 0).expand_as(images)
+    assert torch.equal(made[~where], images[~where]) and not torch.equal(made[where], images[where])
+
+
 # Exercises
 
 
@@ -390,8 +405,9 @@ def test_small_pictures_beside_the_latent_are_the_upscale_pipeline(pipeline):
         ("check_squeeze_of", lambda c, h, w: 1 / 0, "raises ZeroDivisionError"),
         ("check_between_noises", lambda a, b, p: (1 - p) * a + p * b, "the variance is"),
         ("check_between_noises", lambda a, b, p: p**0.5 * a + (1 - p) ** 0.5 * b, "it should be a itself"),
-        ("check_between_noises", lambda a, b, p: a[:1], "noise of shape"),
-        ("check_between_noises", lambda a, b, p: a if p < 1 else b, "less of b than of a"),
+        ("check_between_noises", lambda a, b, p: a[:1], "should be shaped"),
+        ("check_between_noises", lambda a, b, p: a if p < 1 else b, "no more of b"),
+        ("check_between_noises", lambda a, b, p: a if p < 0.5 else b, "no more of b"),
         ("check_rescaled", lambda told, free, s, share: free + s * (told - free), "the spreads are"),
         ("check_rescaled", lambda t, f, s, p: (f + s * (t - f)) * (p * t.std() / (f + s * (t - f)).std() + 1 - p), "alone"),
         ("check_rescaled", lambda told, free, s, share: told[0], "a prediction of shape"),

@@ -263,11 +263,29 @@ def test_learning_moves_the_row_and_nothing_else(tmp_path):
         ({"captions": ["a <moonmoth>"]}, "each of 2 pictures needs a caption"),
         ({"captions": ["a <moonmoth>", "a moth"]}, "with '<moonmoth>' in it"),
         ({"captions": [["a <moonmoth>"], []]}, "with '<moonmoth>' in it"),
+        ({"vectors": 0}, "one row or more"),
+        ({"images": torch.full((2, 3, 16, 16), 255.0)}, "floats in"),
+        ({"images": torch.zeros(2, 3, 16, 16, dtype=torch.uint8)}, "floats in"),
+        ({"like": "buterfly"}, "in one piece"),
+        ({"captions": [f"{WORD} " * 80] * 2}, "77 fit"),
+        ({"steps": 0}, "steps is 0"),
     ],
 )
 def test_what_can_not_teach_a_word_is_refused_before_any_work(pipeline, options, said):
     with pytest.raises(ValueError, match=said):
         learn_word(pipeline, **({"word": WORD, "images": torch.zeros(2, 3, 16, 16), "steps": 10**9} | options))
+
+
+def test_what_can_not_be_put_in_leaves_the_pipeline_as_it_was(tmp_path):
+    pipeline = small_pipeline(tmp_path)
+    before = len(pipeline.tokenizer), pipeline.text_encoder.get_input_embeddings().num_embeddings
+    with pytest.raises(ValueError, match="a row has 16 numbers"):
+        add_word(pipeline, WORD, normal(1, 8))
+    with pytest.raises(ValueError, match="safetensors"):
+        save_word(WORD, normal(1, 16), tmp_path / "word.bin")
+    assert before == (len(pipeline.tokenizer), pipeline.text_encoder.get_input_embeddings().num_embeddings)
+    add_word(pipeline, WORD, normal(16))  # a single row
+    assert pipeline.text_encoder.get_input_embeddings().num_embeddings == before[1] + 1
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -360,6 +378,8 @@ def test_word_maps_are_the_mean_over_layers_and_calls():
     assert torch.allclose(found, torch.stack([first, second]), atol=1e-5)
     with pytest.raises(ValueError, match="nothing was noted"):
         word_maps([], [[1]], 8)
+    with pytest.raises(ValueError, match="before guidance"):
+        word_maps([(1, [large])], [[1]], 8)
 
 
 def test_mass_within_a_mask():
@@ -371,6 +391,12 @@ def test_mass_within_a_mask():
     assert mass_within(5 * maps, masks).tolist() == pytest.approx([0.25, 0.5])
     with pytest.raises(ValueError, match="shaped"):
         mass_within(maps, masks[:, :2])
+    for wrong in (0 * masks, 255 * masks):
+        with pytest.raises(ValueError, match="a mask goes"):
+            mass_within(maps, wrong)
+    for wrong in (0 * maps, -maps):
+        with pytest.raises(ValueError, match="a map is not"):
+            mass_within(wrong, masks)
 
 
 # Wishes through the decoder
