@@ -84,8 +84,8 @@ def step_seed(
     rank: int = 0,  # number of the process
     micro: int = 0,  # which batch of the accumulated ones
 ) -> int:  # seed for torch.manual_seed, from 0 to 2**63 - 1
-    "Seed of all randomness in one forward pass."
-    mixed = (seed * 1_000_003 + step) * 4_099 + micro + (rank << 48)
+    "Seed of all randomness in one forward pass; the lowest 32 bits differ, for on the CPU PyTorch reads no others."
+    mixed = (seed * 1_000_003 + step) * 4_099 + micro + rank * 2_654_435_761  # the golden share of 2**32
     return (mixed * 6_364_136_223_846_793_005 + 1_442_695_040_888_963_407) % 2**63
 
 

@@ -247,6 +247,9 @@ def test_muon_steps_are_as_the_paper_says():
 def test_seeds_differ_between_steps_ranks_and_pieces():
     seeds = {step_seed(s, i, r, m) for s in range(2) for i in range(100) for r in range(4) for m in range(100)}
     assert len(seeds) == 2 * 100 * 4 * 100 and all(0 <= s < 2**63 for s in seeds)
+    assert len({s % 2**32 for s in seeds}) == len(seeds)  # on the CPU, PyTorch's generator reads 32 bits
+    noise = [torch.randn(4, generator=torch.Generator().manual_seed(step_seed(0, 7, rank))) for rank in range(4)]
+    assert len({tuple(x.tolist()) for x in noise}) == 4
 
 
 def test_memory_grows_with_the_batch():
