@@ -24,7 +24,7 @@ from figures import resumed
 from dm_course import zoo
 from dm_course.conditioning import class_spread
 from dm_course.data import to_model
-from dm_course.garden import COLOURS, POSES, SHAPES, SIZES, attributes, caption, draw
+from dm_course.garden import COLOURS, POSES, SHAPES, SIZES, attributes, caption, draw, short_captions
 from dm_course.judges import accuracy, load_judge, score
 from dm_course.latent import decode, guided_text, psnr, sample_from, start_latents
 from dm_course.latent_recipes import draw_prompts, grade_shape, grade_upscale
@@ -151,7 +151,7 @@ def strengths(bench):
     old = [attributes(0, i, "butterflies", "test") for i in range(n)]
     images = torch.stack([picture(a) for a in old])
     wanted = [replace(a, colour=COLOURS[(COLOURS.index(a.colour) + 1 + i % 7) % 8]) for i, a in enumerate(old)]
-    texts = [caption(a, 0) for a in wanted]
+    texts = [short_captions(a)[0] for a in wanted]  # "a pink butterfly": what else is there was kept, not said
     for strength in STRENGTHS:
         if not bench.done("strengths", f"{strength:g}"):
             made = repainted(bench, images, texts, strength)

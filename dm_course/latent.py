@@ -417,9 +417,10 @@ def check_rescaled(
         want = guided * (share * shrink + 1 - share).reshape(3, 1, 1, 1)
         if problem is None and not torch.allclose(answer, want, atol=1e-3):
             whole = guided * (share * told.std() / guided.std() + 1 - share)
-            hint = "is the spread taken of each picture alone?" if torch.allclose(answer, whole, atol=1e-3) else ""
-            spreads = answer.flatten(1).std(1).tolist()
-            problem = f"at φ = {share} the spreads are {spreads}, not {want.flatten(1).std(1).tolist()}; {hint}"
+            alone = ": is the spread taken of each picture alone?" if torch.allclose(answer, whole, atol=1e-3) else ""
+            seen, right = (", ".join(f"{s:.2f}" for s in x.flatten(1).std(1).tolist()) for x in (answer, want))
+            said = f"the spreads are {seen}; they should be {right}" if seen != right else "the numbers are off"
+            problem = f"at φ = {share} {said}{alone}"
         if problem:
             return verdict(problem)
     return verdict(None)
