@@ -26,8 +26,9 @@ from dm_course.conditioning import class_spread
 from dm_course.data import to_model
 from dm_course.garden import COLOURS, POSES, SHAPES, SIZES, attributes, caption, draw, short_captions
 from dm_course.judges import accuracy, load_judge, score
-from dm_course.latent import decode, guided_text, psnr, sample_from, start_latents
+from dm_course.latent import decode, guided_text, psnr, start_latents
 from dm_course.latent_recipes import draw_prompts, grade_shape, grade_upscale
+from dm_course.sampling import sample
 from dm_course.settings import choose, start
 from dm_course.training import autocast
 
@@ -140,7 +141,7 @@ def repainted(bench, images, texts, strength):
         for some in torch.arange(len(images)).split(BATCH):
             x, left = start_latents(pipeline, images[some].to(pipeline.unet.device), strength, bench.steps, generator)
             model_fn = guided_text(pipeline, [texts[i] for i in some], SCALE)
-            z = sample_from(model_fn, pipeline.scheduler, x.float(), left, bench.steps)
+            z = sample(model_fn, pipeline.scheduler, x.float(), bench.steps, timesteps=left)
             found.append(decode(pipeline.vae, z).float().clamp(-1, 1).cpu())
     return torch.cat(found)
 

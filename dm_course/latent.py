@@ -4,19 +4,18 @@
 
 # %% auto #0
 __all__ = ['psnr', 'encode', 'decode', 'embed_prompt', 'text_denoiser', 'guided_text', 'latent_noise', 'text_to_image',
-           'start_latents', 'sample_from', 'latent_mask', 'inpainting', 'paste', 'inpaint', 'shape_channel', 'beside',
+           'start_latents', 'latent_mask', 'inpainting', 'paste', 'inpaint', 'shape_channel', 'beside',
            'check_squeeze_of', 'check_between_noises', 'check_rescaled', 'check_wider']
 
 # %% ../nbs/unit3/31_stable_diffusion.ipynb #u31imports
 import copy
-import inspect
 import warnings
 
 import torch
 import torch.nn.functional as F
 
 from .conditioning import cfg
-from .sampling import PREDICTION_TYPES, _clean, _set_timesteps, alpha_bar, convert, denoiser, sample
+from .sampling import PREDICTION_TYPES, _set_timesteps, alpha_bar, convert, denoiser, sample
 from .settings import choose, tried, verdict
 
 # %% ../nbs/unit3/31_stable_diffusion.ipynb #u31psnr
@@ -220,32 +219,6 @@ def start_latents(
     where = generator.device if generator is not None else z.device
     noise = torch.randn(z.shape, generator=generator, device=where).to(z)
     return scheduler.add_noise(z, noise, left[:1].repeat(len(z))), left
-
-# %% ../nbs/unit3/31_stable_diffusion.ipynb #u31samplefrom
-@torch.no_grad()
-def sample_from(
-    model_fn,  # denoiser: function (x, t) -> what scheduler.config.prediction_type says
-    scheduler,  # any diffusers scheduler; a copy of it is used
-    x,  # (B, C, h, w): as noisy as the first of the timesteps says
-    timesteps,  # those that are left, the last ones of the scheduler's
-    steps,  # steps of the whole way
-    generator=None,  # torch.Generator for schedulers that draw noise on the way
-    callback=None,  # function (i, t, x_t, x0), as in `sample`
-):  # (B, C, h, w): clean
-    """Sample from somewhere on the way: the rest of what `sample` does, from a noisy latent."""
-    scheduler = copy.deepcopy(scheduler)
-    _set_timesteps(scheduler, steps, x.device)
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(len(scheduler.timesteps) - len(timesteps))
-    drawing = "generator" in inspect.signature(scheduler.step).parameters
-    for i, t in enumerate(timesteps):
-        x_t = scheduler.scale_model_input(x, t)
-        said = model_fn(x_t, t).to(x.dtype)
-        answer = scheduler.step(said, t, x, **({"generator": generator} if drawing else {}))
-        if callback is not None:
-            callback(i, t, x_t, _clean(answer, said, x_t, scheduler, t))
-        x = answer.prev_sample
-    return x
 
 # %% ../nbs/unit3/31_stable_diffusion.ipynb #u31latentmask
 def latent_mask(

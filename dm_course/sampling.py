@@ -102,13 +102,14 @@ def _set_timesteps(
     scheduler,  # diffusers scheduler; changed
     steps,  # number of steps
     device,  # where its tables shall be
+    left=None,  # how many of the timesteps are to be taken, the last ones; None: all
 ):
-    """Let a scheduler choose its timesteps, and count steps from its first one."""
+    """Let a scheduler choose its timesteps, and count steps from the first that is to be taken."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "__array", DeprecationWarning)  # how diffusers hands tensors to NumPy
         scheduler.set_timesteps(steps, device=device)
     if hasattr(scheduler, "set_begin_index"):  # a table can hold a timestep twice, so that it can't be searched for
-        scheduler.set_begin_index(0)
+        scheduler.set_begin_index(0 if left is None else len(scheduler.timesteps) - left)
 
 # %% ../nbs/unit1/11_introduction_to_diffusers.ipynb #u11begin
 def _begin(
@@ -117,7 +118,8 @@ def _begin(
     steps,  # number of steps
     generator,  # torch.Generator or None
     step_kwargs,  # dict of further arguments for scheduler.step
-):  # (copy of the scheduler with its timesteps set, x at the first noise level, arguments for its step)
+    timesteps=None,  # the last ones of the scheduler's, if only these are to be taken; x is then as noisy as the first
+):  # (copy of the scheduler with its timesteps set, those to take, x at their first noise level, arguments for the step)
     """What has to happen before the first step of `sample`; raises the errors that `sample` documents."""
     most, name = scheduler.config.num_train_timesteps, type(scheduler).__name__
     if not 1 <= steps <= most:
@@ -125,13 +127,15 @@ def _begin(
     if not torch.is_floating_point(x):
         raise ValueError(f"x must be float noise of variance 1, not {x.dtype}")
     scheduler = copy.deepcopy(scheduler)
-    _set_timesteps(scheduler, steps, x.device)
+    _set_timesteps(scheduler, steps, x.device, None if timesteps is None else len(timesteps))
     known = [p for p in inspect.signature(scheduler.step).parameters if p not in ("return_dict", "generator")]
     for argument in step_kwargs:  # after prediction, t and x, which the loop gives
         choose(argument, known[3:], f"argument of {name}.step")
     if "generator" in inspect.signature(scheduler.step).parameters:
         step_kwargs = {**step_kwargs, "generator": generator}
-    return scheduler, x * getattr(scheduler, "init_noise_sigma", 1.0), step_kwargs
+    if timesteps is not None:
+        return scheduler, timesteps, x, step_kwargs
+    return scheduler, scheduler.timesteps, x * getattr(scheduler, "init_noise_sigma", 1.0), step_kwargs
 
 # %% ../nbs/unit1/11_introduction_to_diffusers.ipynb #u11clean
 def _clean(
@@ -157,14 +161,14 @@ def sample(
     generator=None,  # torch.Generator for the schedulers that draw noise on the way (DDPM; DDIM with eta)
     callback=None,  # function (i, t, x_t, x0): the noisy pictures that the model saw, the clean ones it predicts
     progress=False,  # show a progress bar?
+    timesteps=None,  # begin on the way: the last ones of the scheduler's; x is then as noisy as the first of them says
     **step_kwargs,  # further arguments for scheduler.step, for example eta=1.0 for DDIM
 ):  # (B, C, H, W): pictures, about [-1, 1]
-    """Turn noise into pictures: ask the model, take the scheduler's step, repeat.
+    """Turn noise into pictures: ask the model, take the scheduler's step, repeat (arXiv 2006.11239, algorithm 2).
 
-    Raises ValueError for steps out of range, for x of integers, and for an argument that the step does not know.
-    Source: Ho et al. 2020 (arXiv 2006.11239), algorithm 2, the step being the scheduler's."""
-    scheduler, x, step_kwargs = _begin(scheduler, x, steps, generator, step_kwargs)
-    for i, t in enumerate(tqdm(scheduler.timesteps, desc="sampling", disable=not progress)):
+    Raises ValueError for steps out of range, for x of integers, and for an argument that the step does not know."""
+    scheduler, way, x, step_kwargs = _begin(scheduler, x, steps, generator, step_kwargs, timesteps)
+    for i, t in enumerate(tqdm(way, desc="sampling", disable=not progress)):
         x_t = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         prediction = model_fn(x_t, t).to(x.dtype)
         answer = scheduler.step(prediction, t, x, **step_kwargs)

@@ -28,7 +28,6 @@ from dm_course.latent import (
     latent_noise,
     paste,
     psnr,
-    sample_from,
     shape_channel,
     start_latents,
     text_denoiser,
@@ -216,7 +215,7 @@ def test_image_to_image_is_the_pipeline_to_the_bit(pipeline, strength):
     theirs = theirs(PROMPTS, image=people(images), generator=generator(6), **options).images
     x, left = start_latents(pipeline, people(images) * 2 - 1, strength, 5, generator(6))
     assert len(left) == int(5 * strength)
-    z = sample_from(guided_text(pipeline, PROMPTS, 3.0), pipeline.scheduler, x, left, 5)
+    z = sample(guided_text(pipeline, PROMPTS, 3.0), pipeline.scheduler, x, 5, timesteps=left)
     assert torch.allclose(people(decode(pipeline.vae, z)), theirs, atol=1e-6)
 
 
@@ -230,7 +229,7 @@ def test_the_scheduler_of_the_pipeline_stays_as_it_was(pipeline):
     pipeline.scheduler.set_timesteps(7)
     before = pipeline.scheduler.timesteps.clone()
     x, left = start_latents(pipeline, torch.zeros(1, 3, 32, 32), 0.5, 4, generator())
-    sample_from(guided_text(pipeline, PROMPTS[0], 1), pipeline.scheduler, x, left, 4)
+    sample(guided_text(pipeline, PROMPTS[0], 1), pipeline.scheduler, x, 4, timesteps=left)
     assert torch.equal(pipeline.scheduler.timesteps, before)
 
 
@@ -244,15 +243,8 @@ def test_sampling_from_the_middle_finds_what_an_oracle_knows(scheduler, kind):
     scheduler.set_timesteps(10)
     left = scheduler.timesteps[4:]
     x = scheduler.add_noise(z, normal(2, 4, 8, 8, seed=1), left[:1])
-    found = sample_from(
-        oracle(z, scheduler),
-        scheduler,
-        x,
-        left,
-        10,
-        generator(),
-        callback=lambda i, t, x, x0: seen.append((int(t), x0)),
-    )
+    keep = lambda i, t, x, x0: seen.append((int(t), x0))  # noqa: E731
+    found = sample(oracle(z, scheduler), scheduler, x, 10, generator(), callback=keep, timesteps=left)
     assert torch.allclose(found, z, atol=0.02) and [t for t, _ in seen] == left.tolist()
     assert all(torch.allclose(x0, z, atol=1e-2) for _, x0 in seen)
 
@@ -348,9 +340,11 @@ def test_shapes_beside_the_latent_are_the_depth_pipeline(pipeline):
     theirs = depth(PROMPTS, image=people(images), depth_map=maps, generator=generator(9), **options).images
     x, left = start_latents(depth, images, 1.0, 3, generator(9))
     model_fn = beside(guided_text(depth, PROMPTS, 3.0), shape_channel(maps, (8, 8)))
-    ours = decode(depth.vae, sample_from(model_fn, depth.scheduler, x, left, 3))
+    ours = decode(depth.vae, sample(model_fn, depth.scheduler, x, 3, timesteps=left))
     assert torch.allclose(people(ours), theirs, atol=1e-5)
-    assert not torch.allclose(people(ours), people(decode(depth.vae, sample_from(beside(guided_text(depth, PROMPTS, 3.0), -shape_channel(maps, (8, 8))), depth.scheduler, x, left, 3))), atol=1e-3)  # fmt: skip
+    model_fn = beside(guided_text(depth, PROMPTS, 3.0), -shape_channel(maps, (8, 8)))
+    inverted = people(decode(depth.vae, sample(model_fn, depth.scheduler, x, 3, timesteps=left)))
+    assert not torch.allclose(people(ours), inverted, atol=1e-3)
 
 
 def test_a_flat_map_shows_no_shape():
