@@ -9,12 +9,12 @@ Measured on the same 50 butterflies of the test split, whose wings are asked for
 against steps, by the usual step and by one to three rounds of the exact one; the reconstruction against the guidance
 scale, with null text and against the old words; and for each way to edit, and each rung it may begin from, the share
 that the judge finds in the new colour, and decibels outside and inside the wings, and to the garden's own drawing of
-the right answer. All of it takes about 40 minutes on two cores. Needs the bundled models `garden-sd` and `judge-garden`.
+the right answer; the same for pictures that nobody touched, and for the right ones. Where two ways reach the same
+share, how many decibels one is ahead, picture by picture, with two standard errors. Needs the bundled models
+`garden-sd` and `judge-garden`.
 """
 
 import argparse
-import base64
-import io
 import time
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ from dm_course.inversion import (
 )
 from dm_course.judges import load_judge
 from dm_course.latent import decode, embed_prompt, encode, guided_text, psnr, text_denoiser
-from dm_course.plotting import image_grid
+from dm_course.plotting import image_grid, picture_to_text
 from dm_course.settings import choose, start
 
 TRIPS = {"usual": 0, "1 round": 1, "2 rounds": 2, "3 rounds": 3}  # ways up: the rounds of each
@@ -45,6 +45,7 @@ COUNTS = (5, 10, 20, 50)  # steps, each way
 SCALES, LOUD, EDIT = (1, 3, 7.5), 7.5, 4.0  # guidance scales: of the test, of null text, of the edits that are compared
 RATES, TRIED = (0.01, 0.03, 0.1), 10  # learning rates that null text is tried with, and on how many pictures
 BATCH = 25  # pictures at a time
+OURS, DICE = "inversion, against the old words", "dice, against the old words"  # the two that are compared
 
 
 class Bench:
@@ -69,7 +70,7 @@ class Bench:
         self.source, self.target = ([caption(a, 0) for a in kinds] for kinds in (olds, news))
         self.ways, self.repeat = {}, bool(args.only)
         same = {"command": "python benchmarks/lesson41.py", "n": self.n, "steps": self.steps, "edit scale": EDIT}
-        same["model"] = zoo.card("garden-sd")["measured"]
+        same |= {"iterations": args.iterations, "model": zoo.card("garden-sd")["measured"]}
         self.figures = resumed("lesson41", same, args.only)  # other models make all figures void
         with torch.no_grad():
             self.z = torch.cat([encode(self.vae, p.to(self.course.device)) for p in self.pictures.split(BATCH)])
@@ -132,6 +133,13 @@ class Bench:
             print(f"{' / '.join(where)}: {place[name]}, {time.perf_counter() - begin:.0f} s", flush=True)
 
 
+def ends(bench):
+    """The ends of every scale: a picture that nobody touched, and the right one, both once through the autoencoder."""
+    right = lambda rows: encode(bench.vae, bench.right[rows].to(bench.course.device))  # noqa: E731
+    for name, latents in {"untouched": lambda rows: bench.z[rows], "right": right}.items():
+        bench.keep(["ends", name], lambda latents=latents: bench.marks(bench.draw(latents)))
+
+
 def reconstruction(bench):
     """Up and down with the same words, against steps, by each way up."""
 
@@ -153,14 +161,15 @@ def guidance(bench):
 
 
 def ways_to_edit(bench):
-    """Each way to edit: whose way up, and which denoiser for the way down."""
+    """Each way to edit: whose way up, and which denoiser for the way down. The first four differ in one thing each."""
     pipeline, target, source = bench.pipeline, bench.target, bench.source
     against = lambda rows, s: cfg(bench.told(target[rows]), bench.told(source[rows]), s)  # noqa: E731
     dice = lambda rows: with_noise(bench.way(rows), bench.noise[rows])  # noqa: E731
     return {
-        "old words": (bench.way, lambda rows: against(rows, EDIT)),
-        "image to image": (dice, lambda rows: guided_text(pipeline, target[rows], EDIT)),
-        "inversion, scale 1": (bench.way, lambda rows: bench.told(target[rows])),
+        OURS: (bench.way, lambda rows: against(rows, EDIT)),
+        DICE: (dice, lambda rows: against(rows, EDIT)),
+        "inversion, against no words": (bench.way, lambda rows: guided_text(pipeline, target[rows], EDIT)),
+        "dice, against no words": (dice, lambda rows: guided_text(pipeline, target[rows], EDIT)),
         "guided, 7.5": (bench.way, lambda rows: guided_text(pipeline, target[rows], LOUD)),
         "old words, 7.5": (bench.way, lambda rows: against(rows, LOUD)),
     }
@@ -211,6 +220,7 @@ def null_texts(bench):
     """Null text on all pictures, a batch at a time: the old words, and the new ones from a few rungs."""
     place = bench.figures.setdefault("null text", {})
     few = sorted({round(share * bench.steps) for share in (0.4, 0.7, 1)})
+    rates(bench)
     for rows in bench.parts():
         bench.keep(["null text", "batches", str(rows.start)], lambda rows=rows: one_batch(bench, rows, few))
     batches = place["batches"]
@@ -256,29 +266,41 @@ def least(found, share):
     return next(int(k) for k in sorted(found, key=int) if found[k]["share"] >= share)
 
 
+def ahead(bench, ours, theirs):
+    """Decibels that one edit is ahead of another, picture by picture: the mean, and two standard errors of it."""
+    places = {"outside": (bench.pictures, 1 - bench.wings), "right": (bench.right, bench.wings)}
+    found = {}
+    for name, (wanted, where) in places.items():
+        more = region_psnr(ours, wanted, where) - region_psnr(theirs, wanted, where)
+        found[name] = [more.mean().item(), 2 * more.std().item() / len(more) ** 0.5]
+    return found
+
+
 def finished(bench):
-    """The picture at the head of the lesson: given, inverted, shaken, right; both at the same share."""
+    """The picture at the head of the lesson: given, inverted, shaken, right; both at the same share, and the gain."""
     if not bench.missing(["finished"]):
         return
-    compared = {k: bench.figures["edits"][k] for k in ("old words", "image to image")}
+    compared = {name: bench.figures["edits"][name] for name in (OURS, DICE)}
     share = min(0.8, *(max(facts["share"] for facts in found.values()) for found in compared.values()))
     at = {name: least(found, share) for name, found in compared.items()}
-    rows = [bench.pictures[:8], *(edited(bench, name, rung)[:8] for name, rung in at.items()), bench.right[:8]]
-    png = io.BytesIO()
-    image_grid(torch.cat(rows), columns=8, scale=1).quantize(256).save(png, "PNG", optimize=True)
-    strengths = {name: f"{rung / bench.steps:.0%}" for name, rung in at.items()}
-    said = ["given", f"by inversion, from {strengths['old words']} of the rungs"]
-    said += [f"by image-to-image at strength {strengths['image to image']}", "right"]
-    bench.figures["finished"] = {"png": base64.b64encode(png.getvalue()).decode(), "rows": said, "share": share}
+    drawn = {name: edited(bench, name, rung) for name, rung in at.items()}
+    rows = [bench.pictures[:8], *(x[:8] for x in drawn.values()), bench.right[:8]]
+    said = [f"by {name.split(',')[0]}, from {rung / bench.steps:.0%} of the rungs" for name, rung in at.items()]
+    bench.figures["finished"] = {
+        "png": picture_to_text(image_grid(torch.cat(rows), columns=8, scale=1)),
+        "rows": ["given", *said, "right"],
+        "share": share,
+        "gain": ahead(bench, *drawn.values()),
+    }
     bench.save()
 
 
 PARTS = {
+    "ends": ends,
     "reconstruction": reconstruction,
     "guidance": guidance,
     "edits": edits,
     "finished": finished,
-    "rates": rates,
     "null text": null_texts,
 }
 
@@ -296,8 +318,10 @@ def main():
         print("\n".join(PARTS))
         return
     bench = Bench(args)
-    bench.figures["iterations"] = args.iterations
-    for name in [choose(name, PARTS, "part") for name in args.only] if args.only else PARTS:
+    names = [choose(name, PARTS, "part") for name in args.only] if args.only else list(PARTS)
+    if "edits" in names and "finished" not in names:  # it is made of them
+        names.append("finished")
+    for name in names:
         begin = time.perf_counter()
         PARTS[name](bench)
         print(f"{name}: {time.perf_counter() - begin:.0f} s", flush=True)
