@@ -1,12 +1,12 @@
-"""The counts of lesson 42: what the way back loses, fine-tuning to a new genre, guidance of speech, going on with a sound.
+"""The counts of lesson 42: what the way back loses, fine-tuning to a genre, guidance of speech, going on with a sound.
 
     python benchmarks/lesson42.py                       # everything that is not there yet
     python benchmarks/lesson42.py --only griffin-lim    # one part, again
     python benchmarks/lesson42.py --list
 
 The figures go to dm_course/measured/lesson42.json after each set of sounds, so a run that is cut off goes on where it
-was. Needs the bundled models `loops`, `spoken-digits`, `judge-genres` and `judge-spoken-digits`; no recordings. All of
-it takes about half an hour on two cores.
+was. How long each part took stands among its figures. Needs the bundled models `loops`, `spoken-digits`, `judge-genres`
+and `judge-spoken-digits`; no recordings.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from dm_course.audio import (
     draw_sounds,
     given_frames,
     griffin_lim,
-    keeping,
+    heard_again,
     log_spectral_distance,
     loop,
     loop_pictures,
@@ -45,9 +45,10 @@ from dm_course.audio import (
     sound_bytes,
     wave_to_mel,
 )
-from dm_course.conditioning import class_denoiser, class_loss
+from dm_course.conditioning import class_denoiser, class_loss, class_spread
 from dm_course.data import Batches
 from dm_course.judges import accuracy, load_judge
+from dm_course.latent import inpainting, paste
 from dm_course.sampling import sample
 from dm_course.settings import choose, start
 from dm_course.training import autocast, train
@@ -96,10 +97,10 @@ def lost(bench):
     curves, genres = found.setdefault("curves", {}), list(GENRES)
     waves = np.stack([loop(0, i // len(genres), genres[i % len(genres)], "test") for i in range(LOOPS)])
     true = np.abs(librosa.stft(waves, n_fft=LOOP_MEL.window, hop_length=LOOP_MEL.hop))
-    mel = np.pad(mel_magnitude(wave_to_mel(waves)), ((0, 0), (0, 0), (0, 1)), mode="edge")
+    mel = np.pad(mel_magnitude(wave_to_mel(waves, wrap=False)), ((0, 0), (0, 0), (0, 1)), mode="edge")
     ways = {
-        "true |Y|, plain": (true, 0.0, False),
-        "true |Y|, momentum": (true, 0.99, False),
+        "true magnitudes, plain": (true, 0.0, False),
+        "true magnitudes, momentum": (true, 0.99, False),
         "from mel, all frequencies": (mel, 0.99, False),
         "from mel, bands": (mel, 0.99, True),
     }
@@ -160,24 +161,25 @@ def fine_tuning(bench):
 def finish(bench, pipeline):
     """The head of the lesson: a loop of each genre, as pictures and as sounds."""
     pictures = bench.draw(pipeline, torch.arange(len(GENRES)), seed=11)
-    waves, png = mel_to_wave(pictures, iterations=64, wrap=True), io.BytesIO()
+    waves, png = mel_to_wave(pictures, iterations=64), io.BytesIO()
     show_mel(pictures, titles=list(GENRES)).savefig(png)
-    sounds = {name: base64.b64encode(sound_bytes(np.tile(w, 2), RATE)).decode() for name, w in zip(GENRES, waves)}
+    sounds = {name: base64.b64encode(sound_bytes(w, RATE)).decode() for name, w in zip(GENRES, waves)}
     bench.figures["finished"] = {"png": base64.b64encode(png.getvalue()).decode(), "sounds": sounds}
     bench.save(f"finished: {sum(map(len, sounds.values())) / 1000:.0f} kB of sound")
 
 
 def digits(bench):
-    """Spoken digits as asked, against the guidance scale; as pictures, and as sounds."""
+    """Spoken digits as asked, against the guidance scale, as pictures and as sounds; and how far takes lie apart."""
     found, asked = bench.part("digits", n=DIGITS), torch.arange(DIGITS) % 10
     for scale in SCALES:
         at = found.setdefault("scales", {})
         if str(scale) in at:
             continue
         drawn = bench.draw(bench.speech, asked, scale)
-        sounds = wave_to_mel(mel_to_wave(drawn, SPEECH_MEL), SPEECH_MEL)
+        sounds = heard_again(drawn, SPEECH_MEL)
         shares = [accuracy(bench.listener, x, {"digit": asked})["digit"] for x in (drawn, sounds)]
-        at[str(scale)] = {"picture": shares[0], "sound": shares[1]}
+        spread = class_spread(bench.listener.features(drawn), asked)
+        at[str(scale)] = {"picture": shares[0], "sound": shares[1], "spread": spread}
         bench.save(f"s = {scale}: {shares[0]:.0%} of the pictures, {shares[1]:.0%} of the sounds")
 
 
@@ -200,17 +202,18 @@ def going_on(bench):
     waves = np.stack([loop(1, i, KNOWN[i % len(KNOWN)], "test") for i in range(GO_ON)])
     frames, known = given_frames(BAR // 2), waves.copy()
     known[:, BAR // 2 :] = 0
-    given, mask = wave_to_mel(known).to(device), (torch.arange(LOOP_MEL.frames) < frames).float().to(device)
+    given, hole = wave_to_mel(known, wrap=False).to(device), torch.ones(LOOP_MEL.bands, LOOP_MEL.frames)
+    hole[:, :frames] = 0
     scheduler, unet = bench.loops.scheduler, bench.loops.unet
-    ddim = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
+    ddim = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing", clip_sample=False)
     sets = {"composed": wave_to_mel(waves), "pasted": [], "painted": []}
     for rows in torch.arange(GO_ON).split(10):
         noise = bench.course.randn(len(rows), 1, *given.shape[2:], offset=100 + int(rows[0]))
         plain = class_denoiser(unet, asked[rows].to(device), SOUND_SCALE)
-        for way, model_fn in (("pasted", plain), ("painted", keeping(plain, scheduler, given[rows], mask))):
+        for way, model_fn in (("pasted", plain), ("painted", inpainting(plain, scheduler, given[rows], hole))):
             with autocast(device):
                 drawn = sample(model_fn, ddim, noise, bench.steps).float().clamp(-1, 1)
-            sets[way].append(torch.where(mask > 0, given[rows], drawn).cpu())
+            sets[way].append(paste(given[rows], drawn, hole).cpu())
     ways = {k: torch.cat(v) if isinstance(v, list) else v for k, v in sets.items()}
     step = abs(LOOP_MEL.floor) / 2
     found["ways"] = {
@@ -237,7 +240,9 @@ def main():
     for name in [choose(name, PARTS, "part") for name in args.only] if args.only else PARTS:
         begin = time.perf_counter()
         PARTS[name](bench)
-        print(f"{name}: {time.perf_counter() - begin:.0f} s", flush=True)
+        seconds, found = time.perf_counter() - begin, bench.figures[name]
+        found["seconds"] = found.get("seconds", 0) + seconds  # with those of runs that were cut off
+        bench.save(f"{name}: {seconds:.0f} s")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['LISTENER_TEXT', 'LISTENER_RECIPES', 'LISTENER_CARDS', 'SOUND_JUDGES', 'SOUND_WHAT', 'SOUND_RECIPES', 'SOUND_FACTS',
-           'SOUND_TEXT', 'SOUND_CARDS', 'sound_unet', 'as_pixels', 'spoken_pictures', 'heard_again', 'louder',
-           'change_loops', 'change_words', 'train_listener', 'train_judge_genres', 'train_judge_spoken', 'grade_sounds',
-           'train_loops', 'train_spoken']
+           'SOUND_TEXT', 'SOUND_CARDS', 'sound_unet', 'spoken_pictures', 'louder', 'change_loops', 'change_words',
+           'train_listener', 'train_judge_genres', 'train_judge_spoken', 'grade_sounds', 'train_loops', 'train_spoken']
 
 # %% ../nbs/kit/94_audio_recipes.ipynb #94imports
 from functools import partial
@@ -24,17 +23,17 @@ from dm_course.audio import (
     SOUND_SCALE,
     SPEECH_MEL,
     Mel,
+    as_pixels,
     draw_sounds,
     fitted,
+    heard_again,
     loop_pictures,
-    mel_to_wave,
     spoken_digits,
     wave_to_mel,
 )
 
 # %% ../nbs/kit/94_audio_recipes.ipynb #94imports2
 from .conditioning import class_loss
-from .data import to_model
 from .judges import accuracy, judge_loss, load_judge, new_judge, score
 from .recipes import JudgeBatches, digits_scheduler, roughen, save_bundled
 from .training import autocast, train
@@ -63,30 +62,12 @@ def sound_unet(
         )  # fmt: skip
 
 # %% ../nbs/kit/94_audio_recipes.ipynb #90audiodatafn
-def as_pixels(
-    pictures: torch.Tensor,  # any shape, in [-1, 1]
-) -> torch.Tensor:  # the same shape, uint8
-    "Round pictures of models to whole numbers from 0 to 255; `to_model` brings them back, to 1/255."
-    return ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-
 def spoken_pictures(
     split: str,  # "train" or "test"
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (N, 1, 40, 48) in [-1, 1], and the digits (N,) int64
     "Real spoken digits as pictures. Raises ValueError where they can't be had."
     waves, labels, _ = spoken_digits(split)
     return wave_to_mel(np.stack([fitted(wave) for wave in waves]), SPEECH_MEL), labels
-
-
-def heard_again(
-    pictures: torch.Tensor,  # (N, 1, bands, frames) in [-1, 1]
-    mel: Mel,  # how they are made
-    wrap: bool,  # whether the sounds go round
-    iterations: int = 32,  # rounds of Griffin-Lim
-) -> torch.Tensor:  # the same shape: pictures of the sounds that were made of these pictures
-    "Make sounds of pictures, and pictures of these sounds."
-    parts = [wave_to_mel(mel_to_wave(x, mel, iterations, wrap), mel, wrap) for x in pictures.split(50)]
-    return torch.cat(parts)
 
 # %% ../nbs/kit/94_audio_recipes.ipynb #90audiolouder
 def louder(
@@ -163,6 +144,12 @@ LISTENER_CARDS = {
     ),
 }  # fmt: skip
 
+# %% ../nbs/kit/94_audio_recipes.ipynb #90audioheardtoo
+def _heard_too(pictures, labels, mel, seed):
+    "Pictures as whole numbers, and half of them, drawn by chance, once more as Griffin-Lim leaves them; and labels."
+    some = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed))[: len(pictures) // 2]
+    return as_pixels(torch.cat([pictures, heard_again(pictures[some], mel, 16)])), torch.cat([labels, labels[some]])
+
 # %% ../nbs/kit/94_audio_recipes.ipynb #90audiojudgedata
 def train_listener(
     name: str,  # "judge-genres" or "judge-spoken-digits"
@@ -178,12 +165,11 @@ def train_listener(
     music = name == "judge-genres"
     group, mel, change = ("genre", LOOP_MEL, change_loops) if music else ("digit", SPEECH_MEL, change_words)
     judge = new_judge({group: names}, size=48, channels=1, seed=seed)
-    pictures = torch.cat([data[0], heard_again(data[0][::2], mel, music, 16)])
-    batches = JudgeBatches(as_pixels(pictures), torch.cat([data[1], data[1][::2]]), change, 64, seed)
+    batches = JudgeBatches(*_heard_too(*data, mel, seed), change, 64, seed)
     options = dict(lr=2e-3, weight_decay=0.02, seed=seed, out=checkpoints, save_every=500)
     run = train(judge.model, judge_loss(judge), batches, steps=steps, **options)
     measured = dict(n=len(test[0]), test=accuracy(judge, test[0], {group: test[1]})[group])
-    measured["test_as_sound"] = accuracy(judge, heard_again(test[0], mel, music), {group: test[1]})[group]
+    measured["test_as_sound"] = accuracy(judge, heard_again(test[0], mel), {group: test[1]})[group]
     if out:
         facts = {k: v for k, v in LISTENER_CARDS[name].items() if k != "text"}
         save_bundled(judge.model, out, facts, LISTENER_CARDS[name]["text"], run, measured, steps, seed)
@@ -224,26 +210,26 @@ def grade_sounds(
     scale: float = SOUND_SCALE,  # guidance scale
 ) -> dict:  # the figures of the card
     "Grade samples of sounds: the shares read as asked, as pictures and as sounds, and the distance to real ones."
-    (group,), wrap = judge.groups, mel == LOOP_MEL
+    (group,) = judge.groups
     figures = dict(n=len(asked), ddim_steps=steps, guidance_scale=scale)
     for s, name in ((scale, ""), (1.0, "_unguided")):
         with autocast(pipeline.unet.device):
             drawn = draw_sounds(pipeline, asked, s, steps).float()
         figures[f"read_as_asked{name}"] = accuracy(judge, drawn, {group: asked})[group]
         found = score(judge, drawn, real[::2], real[1::2])
-        figures |= {f"frechet{name}": found.frechet, f"interval{name}": list(found.interval), "floor": found.floor}
+        figures |= {f"frechet{name}": found.frechet, f"interval{name}": list(found.interval)}
+        figures |= {"frechet_n": found.n, "floor": found.floor}
         if name == "":
-            figures["sound_as_asked"] = accuracy(judge, heard_again(drawn, mel, wrap), {group: asked})[group]
+            figures["sound_as_asked"] = accuracy(judge, heard_again(drawn, mel), {group: asked})[group]
     return figures
 
 # %% ../nbs/kit/94_audio_recipes.ipynb #90audiotrainsounds
 def _train_sounds(name, unet, batches, mel, asked, real, steps, seed, checkpoints, out, data):
     "Train a model of sounds, grade it, and save it where a folder is given."
     classes, scheduler = unet.class_embedding.num_embeddings - 1, digits_scheduler()
-    shown = torch.arange(10) % min(classes, 5 if mel == LOOP_MEL else 10)
 
     def sample_fn(model):
-        return draw_sounds(DDPMPipeline(model, scheduler), shown, steps=10)
+        return draw_sounds(DDPMPipeline(model, scheduler), asked[:10], steps=10)
 
     run = train(
         unet, class_loss(scheduler, classes), batches, sample_fn, steps=steps, optimizer="muon", lr=3e-3, warmup=200,
@@ -284,25 +270,26 @@ from dm_course.audio import {mel}, draw_sounds, mel_to_wave, player
 from dm_course.zoo import load
 
 pictures = draw_sounds(load("{name}"), torch.arange({count}))
-player(mel_to_wave(pictures, {mel}, wrap={wrap}), {mel}.rate)
+player(mel_to_wave(pictures, {mel}), {mel}.rate)
 ```
 
 Under `measured`: the share of samples that `{judge}` reads as asked, at the guidance scale named there and, `unguided`,
 at scale 1; `sound_as_asked`, the same of the sounds that Griffin-Lim makes of the pictures; the Fréchet distance in the
-judge's features between samples and {real}, and the same between two sets of those (the floor). {last}"""
+judge's features between samples and {real}, with its `interval`, and the same between two sets of those (the `floor`),
+all at n = `frechet_n`. {last}"""
 
 # %% ../nbs/kit/94_audio_recipes.ipynb #90audiocards2
 SOUND_CARDS = {
     "loops": SOUND_TEXT.format(
-        name="loops", pixels="64 by 96", mel="LOOP_MEL", count=5, wrap=True, judge="judge-genres",
+        name="loops", pixels="64 by 96", mel="LOOP_MEL", count=5, judge="judge-genres",
         first="A diffusion model of short loops of music, in the genres house, ambient, waltz, chiptune and guitar.",
         real="fresh loops of the same genres",
         last="Label 5 is a free place for a genre that it never heard (lesson 42 puts bells there); 6 means any genre.",
     ),
     "spoken-digits": SOUND_TEXT.format(
-        name="spoken-digits", pixels="40 by 48", mel="SPEECH_MEL", count=10, wrap=False, judge="judge-spoken-digits",
+        name="spoken-digits", pixels="40 by 48", mel="SPEECH_MEL", count=10, judge="judge-spoken-digits",
         first="A diffusion model of spoken English digits, at 8,000 samples a second.",
-        real="takes that it never heard",
+        real="other takes of the same six people",
         last="Label 10 means any digit. It has learned from the Free Spoken Digit Dataset (Jackson et al., "
         "doi:10.5281/zenodo.1342401; CC BY-SA 4.0). No recording is part of this folder.",
     ),

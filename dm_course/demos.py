@@ -369,8 +369,8 @@ def sounding(
     model_fn = class_denoiser(unet, torch.tensor([wish.label], device=unet.device), wish.scale)
     for step, picture in forming(model_fn, scheduler, noise.to(unet.device), wish.steps):  # noqa: B007
         yield step, picture, None
-    wave = mel_to_wave(picture, mel, iterations=64, wrap=wish.kind == "music")[0]
-    yield step, picture, np.tile(wave, 2) if wish.kind == "music" else wave
+    wave = mel_to_wave(picture, mel, iterations=64)[0]
+    yield step, picture, np.tile(wave, 2) if mel.wrap else wave
 
 # %% ../nbs/kit/91_demos.ipynb #91audioshow
 def _spectrogram(picture, width=768, height=384):

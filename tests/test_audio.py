@@ -1,5 +1,7 @@
 """The module of lesson 42: files, loops, spectrograms and the way back, masks, players, and the exercises."""
 
+import gzip
+import http.client
 import io
 import re
 import tarfile
@@ -21,13 +23,14 @@ from dm_course.audio import (
     RATE,
     SPEECH_MEL,
     Mel,
+    as_pixels,
     draw_sounds,
     drum,
     fitted,
     given_frames,
     griffin_lim,
+    heard_again,
     inspect_sound,
-    keeping,
     log_spectral_distance,
     loop,
     loop_pictures,
@@ -47,9 +50,10 @@ from dm_course.audio import (
 )
 from dm_course.audio_recipes import sound_unet
 from dm_course.conditioning import class_denoiser
-from dm_course.data import Batches
+from dm_course.data import Batches, to_model
+from dm_course.latent import inpainting, paste
 from dm_course.recipes import digits_scheduler
-from dm_course.sampling import PREDICTION_TYPES, alpha_bar, sample
+from dm_course.sampling import sample
 
 LESSON = next(p for p in notebooks.lessons() if p.stem == "42_audio")
 
@@ -166,9 +170,12 @@ def test_sounds_are_written_without_clipping():
 def test_players_are_small_and_labelled():
     page = player([tone(seconds=2), tone()], RATE, ["a <b>", "c"]).data
     assert page.count("<audio") == 2 and "a &lt;b&gt;" in page and len(page) < 30_000
-    assert player(tone(), RATE).data.count("<audio") == 1
+    assert player(tone(), RATE).data.count("<audio") == 1 and "controls loop" not in page
+    assert player([tone(), tone()], RATE, loop=True).data.count("<audio controls loop ") == 2
     with pytest.raises(ValueError, match="1 sounds and 2 labels"):
         player([tone()], RATE, ["a", "b"])
+    with pytest.raises(ValueError, match="0 sounds"):
+        player([], RATE)
 
 
 # Loops
@@ -207,6 +214,8 @@ def test_unknown_genres_timbres_drums_and_splits_are_named():
         loop(0, 0, "waltz", "heldout")
     with pytest.raises(ValueError, match="piano"):
         note(60, 0.1, "pianoo")
+    with pytest.raises(ValueError, match="at least one sample"):
+        note(60, 0.4 / RATE, "piano")
     with pytest.raises(ValueError, match="kick"):
         drum("kik", np.random.RandomState(0))
     assert list(GENRES)[-1] == NEW_GENRE and len(GENRES) >= 5
@@ -215,7 +224,7 @@ def test_unknown_genres_timbres_drums_and_splits_are_named():
 def test_loop_pictures_are_labelled_in_turn():
     pictures, labels = loop_pictures(5, ("guitar", "bells"), "test", seed=2)
     assert pictures.shape == (5, 1, 64, 96) and labels.tolist() == [4, 5, 4, 5, 4]
-    assert torch.allclose(pictures[3:4], wave_to_mel(loop(2, 1, "bells", "test"), wrap=True), atol=1e-5)
+    assert torch.allclose(pictures[3:4], wave_to_mel(loop(2, 1, "bells", "test")), atol=1e-5)
 
 
 # Slices
@@ -248,7 +257,7 @@ def test_mel_is_librosa_s(mel):
     decibels = librosa.power_to_db(
         theirs + 10 ** (mel.floor / 10) * (mel.window / 4) ** 2, ref=(mel.window / 4) ** 2, top_db=None
     )
-    picture = wave_to_mel(wave, mel)
+    picture = wave_to_mel(wave, mel, wrap=False)
     assert picture.shape == (1, 1, mel.bands, mel.frames) and picture.dtype == torch.float32
     assert np.allclose((1 - picture[0, 0].flip(0).numpy()) * mel.floor / 2, decibels, atol=1e-2)
 
@@ -267,19 +276,30 @@ def test_counting_from_the_loudest_point_forgets_loudness():
     assert torch.allclose(quiet, loud, atol=1e-3) and loud.max() == pytest.approx(1, abs=1e-4)
 
 
+def test_pictures_can_hold_the_lowest_band_first():
+    other = Mel(**{**vars(SMALL), "low_first": True})
+    waves = np.stack([tone(500, 0.128, 8_000), tone(2_000, 0.128, 8_000)])
+    ours, theirs = wave_to_mel(waves, SMALL), wave_to_mel(waves, other)
+    assert torch.equal(theirs, ours.flip(2)) and ours.argmax() != theirs.argmax()
+    assert np.array_equal(mel_to_wave(ours, SMALL, 4), mel_to_wave(theirs, other, 4))
+    shown = [show_mel(x, mel, columns=1).axes[0].images[0] for x, mel in ((ours[:1], SMALL), (theirs[:1], other))]
+    assert [image.origin for image in shown] == ["upper", "lower"]
+
+
 def test_pitch_goes_upwards_and_time_to_the_right():
     low, high = (wave_to_mel(tone(hz, 1.92))[0, 0, :, 40].argmax().item() for hz in (300, 3_000))
     assert high < low
     late = np.concatenate([np.zeros(BAR // 2), tone(500, 0.96)])
-    loud = wave_to_mel(late)[0, 0].amax(0)
+    loud = wave_to_mel(late, wrap=False)[0, 0].amax(0)
     assert loud[:40].max() == -1 and loud[56:].min() > 0
 
 
 def test_a_loop_has_no_border():
     wave = loop(0, 1, "guitar")
-    turned = wave_to_mel(np.roll(wave, 24 * LOOP_MEL.hop), wrap=True)
-    assert torch.allclose(turned, wave_to_mel(wave, wrap=True).roll(24, -1), atol=2e-3)
-    assert not torch.allclose(wave_to_mel(wave)[..., 0], wave_to_mel(wave, wrap=True)[..., 0], atol=0.02)
+    turned, picture = wave_to_mel(np.roll(wave, 24 * LOOP_MEL.hop)), wave_to_mel(wave)
+    assert LOOP_MEL.wrap and torch.equal(picture, wave_to_mel(wave, wrap=True))
+    assert torch.allclose(turned, picture.roll(24, -1), atol=2e-3)
+    assert not torch.allclose(wave_to_mel(wave, wrap=False)[..., 0], picture[..., 0], atol=0.02)
 
 
 @pytest.mark.parametrize("wrong", [np.zeros(0), np.zeros((1, 2, 30)), np.array([0.0, np.nan])])
@@ -294,6 +314,27 @@ def test_short_and_odd_lengths_become_whole_frames():
 
 
 # The way back
+
+
+def test_griffin_lim_refuses_what_it_can_not_do():
+    wanted = np.ones((2, 129, 5), np.float32)
+    for magnitude in (wanted[:, :128], wanted[0]):
+        with pytest.raises(ValueError, match=r"\(N, 129, frames \+ 1\)"):
+            griffin_lim(magnitude, SMALL, 1)
+    for momentum in (-0.1, 1.0):
+        with pytest.raises(ValueError, match="momentum lies in"):
+            griffin_lim(wanted, SMALL, 1, momentum)
+    with pytest.raises(ValueError, match="2 sounds need as many known beginnings, not 1"):
+        griffin_lim(wanted, SMALL, 1, known=np.zeros((1, 10), np.float32))
+
+
+def test_a_known_beginning_is_begun_with_nearly():
+    wave, half = loop(0, 0, "waltz"), BAR // 2
+    wanted = np.abs(librosa.stft(wave, n_fft=1_280, hop_length=320))[None]
+    off = [
+        np.abs(griffin_lim(wanted, iterations=4, known=k)[0] - wave)[:half].mean() for k in (None, wave[None, :half])
+    ]
+    assert off[1] < 0.01 * off[0]
 
 
 def test_magnitudes_explain_their_bands():
@@ -330,8 +371,8 @@ def test_a_sound_in_a_batch_is_the_sound_alone():
 
 @pytest.mark.parametrize("genre", ["ambient", "guitar"])
 def test_a_sound_that_goes_round_has_no_seam(genre):
-    picture = wave_to_mel(loop(0, 2, genre), wrap=True)
-    facts = inspect_sound(mel_to_wave(picture, iterations=8, wrap=True)[0], RATE, repeat=True)
+    picture = wave_to_mel(loop(0, 2, genre))
+    facts = inspect_sound(mel_to_wave(picture, iterations=8)[0], RATE, repeat=True)
     assert facts.clicks == 0 and facts.seconds == LOOP_MEL.seconds
 
 
@@ -347,10 +388,10 @@ def test_a_known_beginning_stays_as_it_is(samples):
 
 def test_what_follows_a_known_beginning_joins_it():
     wave = loop(0, 3, "guitar")
-    again = mel_to_wave(wave_to_mel(wave), known=wave[: BAR // 2])[0]
+    again = mel_to_wave(wave_to_mel(wave), known=wave[: BAR // 2])[0]  # a known beginning does not go round
     join = slice(BAR // 2 - 400, BAR // 2 + 400)
     assert inspect_sound(again[join], RATE).clicks == 0
-    free = mel_to_wave(wave_to_mel(wave))[0]
+    free = mel_to_wave(wave_to_mel(wave), wrap=False)[0]
     near = slice(BAR // 2, BAR // 2 + 320)  # with its beginning known, even the phases behind it are nearly found
     assert np.abs(again[near] - wave[near]).mean() < np.abs(free[near] - wave[near]).mean()
 
@@ -372,6 +413,8 @@ def test_distance_hears_no_phase_and_counts_decibels():
         assert log_spectral_distance(noise, noise, bands=bands) == 0
         assert log_spectral_distance(noise, -noise, bands=bands) < 1e-3
         assert log_spectral_distance(noise, 0.5 * noise, bands=bands) == pytest.approx(6.02, abs=0.2)
+    short = noise[:100], 0.5 * noise[:100]  # shorter than a window
+    assert 0 < log_spectral_distance(*short) and 0 < log_spectral_distance(*short, bands=True)
     with pytest.raises(ValueError, match="no samples"):
         log_spectral_distance(noise, noise[:0])
 
@@ -419,44 +462,83 @@ def takes(folder):
     return folder
 
 
-def test_takes_are_found_and_split_by_number(tmp_path, monkeypatch, capsys):
+def test_takes_are_found_and_split_by_number(tmp_path, monkeypatch):
     takes(tmp_path / "free-spoken-digits")
     monkeypatch.setenv("DM_COURSE_DATA", str(tmp_path))
     waves, labels, who = spoken_digits("test")
     assert len(waves) == 40 and labels.bincount().tolist() == [4] * 10 and set(who) == {"ann", "bo"}
-    assert "40 takes of split test, from DM_COURSE_DATA" in capsys.readouterr().out
     assert len(spoken_digits("train")[0]) == 40
     with pytest.raises(ValueError, match="train, test"):
         spoken_digits("all")
 
 
-def test_takes_come_from_their_source_or_are_missed_by_name(tmp_path, monkeypatch):
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """80 takes in an archive; no folder but a cache; and how to fetch them, with other options."""
     monkeypatch.delenv("DM_COURSE_DATA", raising=False)
     monkeypatch.setenv("DM_COURSE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(audio, "online", lambda url: False)
-    with pytest.raises(ValueError, match="set DM_COURSE_DATA"):
-        spoken_digits()
+    monkeypatch.setattr(audio, "online", lambda url: True)
     takes(tmp_path / "source" / "free-spoken-digit-dataset-1")
     with tarfile.open(tmp_path / "all.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "source" / "free-spoken-digit-dataset-1", "free-spoken-digit-dataset-1")
+    fetch = audio._fetch_spoken
+
+    def from_here(name="all.tar.gz", **options):
+        url, options = (tmp_path / name).as_uri(), {"least": 80} | options
+        monkeypatch.setattr(audio, "_fetch_spoken", lambda folder: fetch(folder, url, **options))
+
+    from_here()
+    return from_here
+
+
+def test_takes_come_from_their_source_or_are_missed_by_name(source, monkeypatch):
+    monkeypatch.setattr(audio, "online", lambda url: False)
+    with pytest.raises(ValueError, match="set DM_COURSE_DATA"):
+        spoken_digits()
     monkeypatch.setattr(audio, "online", lambda url: True)
-    fetch, url = audio._fetch_spoken, (tmp_path / "all.tar.gz").as_uri()
-    monkeypatch.setattr(audio, "_fetch_spoken", lambda folder: fetch(folder, url))
     assert len(spoken_digits()[0]) == 40
     monkeypatch.setattr(audio, "_fetch_spoken", None)  # from now on they are in the cache
     assert len(spoken_digits("test")[0]) == 40
 
 
-def test_a_broken_download_leaves_nothing_behind(tmp_path, monkeypatch):
-    monkeypatch.delenv("DM_COURSE_DATA", raising=False)
-    monkeypatch.setenv("DM_COURSE_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "bad.tar.gz").write_bytes(b"no archive")
-    fetch, url = audio._fetch_spoken, (tmp_path / "bad.tar.gz").as_uri()
-    monkeypatch.setattr(audio, "online", lambda url: True)
-    monkeypatch.setattr(audio, "_fetch_spoken", lambda folder: fetch(folder, url))
+def cut_tar(tmp_path):
+    """An archive that ends where a file ends: nothing in it is broken, and most of it is missing."""
+    with tarfile.open(tmp_path / "all.tar.gz") as whole, tarfile.open(tmp_path / "cut.tar.gz", "w:gz") as cut:
+        for member in whole.getmembers()[:30]:
+            cut.addfile(member, whole.extractfile(member) if member.isfile() else None)
+    data = gzip.decompress((tmp_path / "cut.tar.gz").read_bytes())
+    (tmp_path / "cut.tar.gz").write_bytes(gzip.compress(data.rstrip(b"\0")))
+
+
+@pytest.mark.parametrize("broken", ["no archive", "cut between files", "cut anywhere", "line cut", "too slow", "empty"])
+def test_a_broken_download_leaves_nothing_behind(broken, source, tmp_path, monkeypatch):
+    data = (tmp_path / "all.tar.gz").read_bytes()
+    (tmp_path / "bad.tar.gz").write_bytes(data[: len(data) // 2] if broken == "cut anywhere" else b"no archive")
+    if broken == "cut between files":
+        cut_tar(tmp_path)
+    if broken == "empty":
+        tarfile.open(tmp_path / "empty.tar.gz", "w:gz").close()
+    names = {"cut between files": "cut.tar.gz", "too slow": "all.tar.gz", "empty": "empty.tar.gz"}
+    source(names.get(broken, "bad.tar.gz"), **({"patience": -1} if broken == "too slow" else {}))
+    if broken == "line cut":
+
+        def line_cut(url, timeout):
+            raise http.client.IncompleteRead(b"", 7)
+
+        monkeypatch.setattr(audio, "urlopen", line_cut)
     with pytest.raises(ValueError, match="nor to be downloaded"):
         spoken_digits()
-    assert not (tmp_path / "cache" / "free-spoken-digits").exists()
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_takes_that_another_process_brought_meanwhile_stay(source, tmp_path):
+    there = tmp_path / "cache" / "free-spoken-digits"
+    (takes(tmp_path / "mine") / "recordings" / "0_ann_0.wav").touch()
+    takes(there)
+    audio._put_in_place(tmp_path / "mine" / "recordings", there / "recordings")
+    assert len(spoken_digits("test")[0]) == 40
+    with pytest.raises(OSError):
+        audio._put_in_place(tmp_path / "nothing", tmp_path / "cache" / "other" / "recordings")
 
 
 # Models and masks
@@ -468,10 +550,11 @@ def pipeline():
     return DDPMPipeline(sound_unet(3, SMALL, (16, 16)).eval(), digits_scheduler())
 
 
-def test_a_sound_depends_on_its_own_seed(pipeline):
+def test_a_sound_depends_on_its_own_seed(pipeline, capsys):
     three = draw_sounds(pipeline, torch.tensor([0, 1, 3]), steps=2, seed=4, batch_size=2)
     assert three.shape == (3, 1, 16, 16) and -1 <= three.min() and three.max() <= 1
-    assert torch.allclose(draw_sounds(pipeline, torch.tensor([1]), steps=2, seed=5)[0], three[1], atol=1e-4)
+    again = draw_sounds(pipeline, torch.tensor([1]), steps=2, seed=5, progress=True)
+    assert torch.allclose(again[0], three[1], atol=1e-4) and "sampling" in capsys.readouterr().err
     with pytest.raises(ValueError, match="3 says nothing"):
         draw_sounds(pipeline, torch.tensor([4]), steps=1)
 
@@ -487,28 +570,14 @@ def test_pictures_are_kept_as_8_bit_pictures(pipeline):
         mel_dataset(x, [0], ["a"])
 
 
-@pytest.mark.parametrize("kind", PREDICTION_TYPES)
-def test_what_is_known_stays_and_carries_its_first_noise(kind):
-    scheduler = DDIMScheduler(prediction_type=kind, clip_sample=False, timestep_spacing="trailing")
-    g = torch.Generator().manual_seed(0)
-    known, x, seen = torch.rand(1, 1, 8, 12, generator=g) * 2 - 1, torch.randn(2, 1, 8, 12, generator=g), []
-    mask = (torch.arange(12) < 7).float()
-
-    def look(i, t, x_t, x0):
-        a = alpha_bar(scheduler, t)
-        seen.append((x_t[..., :7] - a.sqrt() * known[..., :7]) / (1 - a).sqrt())
-
-    model_fn = lambda x, t: 0.3 * x  # noqa: E731
-    found = sample(keeping(model_fn, scheduler, known, mask), scheduler, x, 5, callback=look)
-    assert torch.allclose(found[..., :7], known[..., :7].expand(2, -1, -1, -1), atol=1e-3)
-    assert all(torch.allclose(noise, seen[0], atol=1e-2) for noise in seen)
-    t = torch.tensor([10, 700])
-    assert torch.allclose(keeping(model_fn, scheduler, known, torch.zeros(12))(x, t), model_fn(x, t), atol=1e-3)
-
-
-def test_a_mask_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="does not fit"):
-        keeping(lambda x, t: x, DDIMScheduler(), torch.zeros(1, 1, 8, 12), torch.zeros(1, 1, 9, 12))
+def test_pictures_are_rounded_to_pixels_and_heard_again():
+    x = torch.linspace(-1.5, 1.5, 700).reshape(1, 1, 7, 100)
+    assert as_pixels(x).dtype == torch.uint8 and as_pixels(x).min() == 0 and as_pixels(x).max() == 255
+    assert (to_model(as_pixels(x)) - x.clamp(-1, 1)).abs().max() <= 1 / 255 + 1e-6
+    pictures, _ = loop_pictures(2, ("house",))
+    assert (heard_again(pictures) - pictures).abs().mean() < 0.1
+    words = wave_to_mel(np.stack([fitted(tone(hz, 0.4, 8_000)) for hz in (300, 900)]), SPEECH_MEL)
+    assert (heard_again(words, SPEECH_MEL, 8) - words).abs().mean() < 0.1
 
 
 @pytest.mark.parametrize("mel", [LOOP_MEL, SPEECH_MEL, SMALL])
@@ -516,7 +585,8 @@ def test_given_frames_look_at_nothing_else(mel):
     for samples in (1, mel.window // 2, 5 * mel.hop + 3, mel.samples - 1):
         wave = np.random.RandomState(0).uniform(-0.5, 0.5, samples)
         short, other = (
-            wave_to_mel(np.pad(wave, (0, mel.samples - samples), constant_values=v), mel) for v in (0.0, 0.7)
+            wave_to_mel(np.pad(wave, (0, mel.samples - samples), constant_values=v), mel, wrap=False)
+            for v in (0.0, 0.7)
         )
         alike, n = (short == other).all(2).flatten(), given_frames(samples, mel)
         assert alike[:n].all() and not alike[n : n + 1].any()
@@ -529,13 +599,13 @@ def test_a_guided_sound_is_continued_from_end_to_end(pipeline):
     wave = tone(500, 0.064, 8_000)
     frames = given_frames(len(wave), SMALL)
     given = wave_to_mel(np.pad(wave, (0, SMALL.samples - len(wave))), SMALL)
-    mask = (torch.arange(SMALL.frames) < frames).float()
-    model_fn = keeping(class_denoiser(pipeline.unet, torch.tensor([1]), 2.0), pipeline.scheduler, given, mask)
-    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
-    with torch.no_grad():
-        x = sample(model_fn, scheduler, torch.randn(1, 1, 16, 16), 3).clamp(-1, 1)
+    hole = (torch.arange(SMALL.frames) >= frames).float().expand(SMALL.bands, -1)
+    model_fn = inpainting(class_denoiser(pipeline.unet, torch.tensor([1]), 2.0), pipeline.scheduler, given, hole)
+    options = dict(timestep_spacing="trailing", clip_sample=False)
+    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **options)
+    x = sample(model_fn, scheduler, torch.randn(1, 1, 16, 16), 3)
     assert torch.allclose(x[..., :frames], given[..., :frames], atol=1e-3)
-    again = mel_to_wave(torch.where(mask > 0, given, x), SMALL, 4, known=wave)[0]
+    again = mel_to_wave(paste(given, x, hole), SMALL, 4, known=wave)[0]
     assert np.array_equal(again[: len(wave)], wave) and np.isfinite(again).all()
 
 
@@ -561,23 +631,35 @@ def solution_of(name, *changes):
     return space[name]
 
 
+def test_halve_takes_the_usual_way_too():
+    assert audio.check_halve(lambda wave: resampled(wave, 8_000, 4_000))
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [
-        ("halve", [("np.fft.irfft(np.fft.rfft(wave)[: len(wave) // 4 + 1]) / 2", "wave[::2]")], "has become one of 1,000 Hz"),
+        ("halve", [("np.fft.irfft(np.fft.rfft(wave)[: len(wave) // 4 + 1]) / 2", "wave[::2]")], "became 1,000 Hz"),
         ("halve", [(" / 2", "")], "2.00 times as loud"),
         ("halve", [(" / 2", " / 2 + 1 / 0")], "raises ZeroDivisionError"),
         ("halve", [("np.fft.irfft", "np.fft.fft")], r"shaped \(4000,\)"),
+        ("halve", [("len(wave) // 4 + 1", "2001")], r"shaped \(3000,\)"),
+        ("halve", [("len(wave) // 4 + 1]", "len(wave) // 4 + 1] * (np.arange(len(wave) // 4 + 1) < len(wave) * 0.075)")], "1,800 Hz fits"),
+        ("halve", [(" / 2", "[::-1] / 2")], "is the sound shifted"),
         ("one_round", [("magnitude * spectrum / np.maximum(np.abs(spectrum), 1e-10)", "spectrum")], "the wave is as it was"),
         ("one_round", [("magnitude * spectrum / np.maximum(np.abs(spectrum), 1e-10)", "magnitude")], "the angles are gone"),
         ("one_round", [("np.maximum(np.abs(spectrum), 1e-10)", "np.abs(spectrum)")], "not finite"),
         ("one_round", [("magnitude * spectrum", "magnitude**2 * spectrum")], "the wave is another one"),
-        ("settled", [("centre + half <= first", "centre <= first")], "is missing"),
-        ("settled", [(" | (centre - half >= last)", "")], "none is missing there"),
-        ("settled", [("<= first", "< first - mel.hop")], "none is missing there"),
-        ("bridge", [("math.cos(angle)", "(1 - share)"), ("math.sin(angle)", "share")], "its variance is"),
-        ("bridge", [("math.cos(angle)", "math.sqrt(1 - share)"), ("math.sin(angle)", "math.sqrt(share)")], "it has .* of a in it"),
-        ("bridge", [("* a +", "* b +"), ("* b\n", "* a\n")], "it has"),
+        ("lost_frames", [("centre + half > first", "centre > first")], "is missing"),
+        ("lost_frames", [(" & (centre - half < last)", "")], "none is missing there"),
+        ("lost_frames", [("> first", ">= first - mel.hop")], "none is missing there"),
+        ("lost_frames", [("return (", "return ~("), ("< last)", "< last) & True")], "is missing"),
+        ("longer", [("count[i : i + frames] += 1", "count[i : i + frames] = 1")], "the answers are added up"),
+        ("longer", [("+= model_fn", "= model_fn"), ("+= 1", "= 1")], "the last one wins"),
+        ("longer", [("model_fn(x[..., i : i + frames], t)", "model_fn(x, t)[..., i : i + frames]")], "paints 8 frames, not 20"),
+        ("longer", [("- frames + 1, hop", "- frames, hop")], "nan"),
+        ("longer", [("frames + 1, hop", "frames + 1, frames")], "nan"),
+        ("longer", [("torch.zeros_like(x)", "x")], "x itself has changed"),
+        ("longer", [("return total / count", "return total / count.max()")], "frame 0 is"),
     ],
 )  # fmt: skip
 def test_checkers_say_what_is_off(name, changes, said, capsys):
