@@ -218,7 +218,7 @@ def _card_text(name, start, data, tuned):
     lines = [f"# {name}", f"Draws pictures like those of `{data}`, at {size} pixels: `{start}`, fine-tuned on them."]
     last = run.losses[-20:]
     lines += [
-        f"{run.step:,} optimiser steps in {run.seconds / 60:.1f} minutes; loss {sum(last) / len(last):.4f} at last."
+        f"{run.step:,} optimiser steps in {run.seconds / 60:.1f} minutes; loss {sum(last) / len(last):.4f}, the mean of the last {len(last)}."
     ]
     if tuned.samples:
         lines += ["![from the same noise: the start model above, this one below](samples.png)"]
