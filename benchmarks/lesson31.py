@@ -160,6 +160,18 @@ def strengths(bench):
             bench.keep("strengths", f"{strength:g}", facts)
 
 
+def negative(bench):
+    """What a negative prompt takes away: the share of red ones, where the prompt leaves the colour open."""
+    texts, red = ["a butterfly at sunset"] * max(1, bench.n // 2), bench.judge.names("colour").index("red")
+    for away in ("", "a red butterfly", "a blue butterfly"):
+        if not bench.done("negative", away or "nothing"):
+            seen = bench.judge(draw_prompts(bench.pipeline, texts, SCALE, bench.steps, seed=2, negative=away))
+            sunset = bench.judge.names("background").index("sunset")
+            facts = {"n": len(texts), "red": (seen["colour"] == red).float().mean().item()}
+            facts["at sunset"] = (seen["background"] == sunset).float().mean().item()
+            bench.keep("negative", away or "nothing", facts)
+
+
 def shape(bench):
     """Shape to image, as on the model's card, on more pictures."""
     if not bench.done("shape"):
@@ -173,7 +185,8 @@ def upscale(bench):
         bench.keep("upscale", grade_upscale(zoo.load("garden-upscale", bench.course.device), max(1, bench.n // 4)))
 
 
-PARTS = {"scales": scales, "samplers": samplers, "strengths": strengths, "shape": shape, "upscale": upscale}
+PARTS = {"scales": scales, "samplers": samplers, "strengths": strengths, "negative": negative}
+PARTS |= {"shape": shape, "upscale": upscale}
 
 
 def main():

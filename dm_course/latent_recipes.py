@@ -571,12 +571,13 @@ def draw_prompts(
     steps: int = SD_STEPS,  # DDIM steps
     seed: int = 0,  # of the first noise
     batch_size: int = 50,  # pictures at a time
+    negative: str = "",  # what to go away from
 ) -> torch.Tensor:  # (N, 3, 64, 64) in [-1, 1], on the CPU
     "Draw prompts, in mixed precision."
     noise = latent_noise(pipeline, len(prompts), torch.Generator().manual_seed(seed))
 
     def told(some):
-        return guided_text(pipeline, [prompts[i] for i in some], scale)
+        return guided_text(pipeline, [prompts[i] for i in some], scale, negative)
 
     return _drawn(pipeline, noise, steps, told, batch_size)
 
