@@ -48,6 +48,15 @@ def fill(page, **fields):
         field.blur()
 
 
+def says(page, words):
+    "Wait for a message with these words, close it, and wait until it is gone, so that it is not taken for the next one."
+    message = page.locator(".toast-body", has_text=words)
+    message.wait_for()
+    assert "Traceback" not in page.content()
+    page.locator(".toast-close").last.click()
+    message.wait_for(state="hidden")
+
+
 def pick(page, colour):
     "Open the colour picker, type a colour, and close it."
     page.locator("#colour .dialog-button").click()
@@ -116,11 +125,7 @@ def test_what_is_typed_wrong_gets_a_message_in_the_page(page, typed, said):
     page.get_by_role("radio", name="words" if "prompt" in typed else "colour").check()
     fill(page, **typed)
     page.get_by_role("button", name="Generate").click()
-    message = page.locator(".toast-body", has_text=said)
-    message.wait_for()
-    assert "Traceback" not in page.content()
-    page.locator(".toast-close").last.click()
-    message.wait_for(state="hidden")  # it fades, and must not be taken for the next one
+    says(page, said)
 
 
 def test_colours_are_read_as_pickers_write_them():
