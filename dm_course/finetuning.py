@@ -217,9 +217,8 @@ def _card_text(name, start, data, tuned):
     run, size = tuned.run, tuned.pipeline.unet.config.sample_size
     lines = [f"# {name}", f"Draws pictures like those of `{data}`, at {size} pixels: `{start}`, fine-tuned on them."]
     last = run.losses[-20:]
-    lines += [
-        f"{run.step:,} optimiser steps in {run.seconds / 60:.1f} minutes; loss {sum(last) / len(last):.4f}, the mean of the last {len(last)}."
-    ]
+    loss = f"loss {sum(last) / len(last):.4f}, the mean of the last {len(last)}"
+    lines += [f"{run.step:,} optimiser steps in {run.seconds / 60:.1f} minutes; {loss}."]
     if tuned.samples:
         lines += ["![from the same noise: the start model above, this one below](samples.png)"]
     return "\n\n".join([*lines, f"```python\n{CARD_EXAMPLE.format(name=name)}\n```"])
