@@ -5,7 +5,7 @@
     python benchmarks/lesson31.py --list
 
 The figures go to dm_course/measured/lesson31.json after each set of pictures, so a run that is cut off goes on where it
-was. Asked for are 40 held-out combinations of colour, pattern and background, ten times each, always from the same
+was. Asked for are 40 held-out combinations of colour, pattern and background, five times each, always from the same
 noises. Of each set are kept: the shares that the judge finds as asked, the Fréchet distance to pictures that the garden
 draws for the same prompts, and how far pictures of one prompt lie apart, in those of the garden. All of it takes about
 twenty minutes on two cores. Needs the bundled models `garden-sd`, `garden-sd-shape`, `garden-upscale`, `garden-mask` and
@@ -36,7 +36,7 @@ SCALES, SCALE = (0, 1, 2, 4, 7.5, 10), 4.0  # guidance scales; the one for every
 CALLS = (5, 10, 20, 50)  # steps of the samplers
 STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0)
 GROUPS = ("colour", "pattern", "background")
-AGAIN, BATCH = 10, 50  # pictures of each prompt, pictures at a time
+AGAIN, BATCH = 5, 50  # pictures of each prompt, pictures at a time
 
 
 def picture(a):
@@ -193,7 +193,7 @@ def main():
     """Measure what is asked for, or all that is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", help="a part to measure again; may be given several times")
-    parser.add_argument("--n", type=int, default=400, help="pictures of each set")
+    parser.add_argument("--n", type=int, default=200, help="pictures of each set")
     parser.add_argument("--steps", type=int, default=20, help="DDIM steps")
     parser.add_argument("--list", action="store_true", help="list the parts and stop")
     args = parser.parse_args()

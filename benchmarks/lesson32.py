@@ -36,6 +36,7 @@ from dm_course.textual_inversion import (
     word_maps,
     word_places,
 )
+from dm_course.training import autocast
 
 GROUPS = ("colour", "pattern", "background")
 ENDS = ("a red butterfly with white bands at sunset", "a blue butterfly with white bands at sunset")
@@ -113,8 +114,9 @@ class Bench:
         noise, parts = self.noise[: len(states)] if noise is None else noise, []
         for c, z in zip(states.split(BATCH), noise.split(BATCH)):
             model_fn = cfg(text_denoiser(self.unet, c), text_denoiser(self.unet, self.silence), self.scale)
-            z0 = sample(model_fn, sampler or self.scheduler, z, steps or self.steps)
-            parts.append(decode(self.vae, z0).clamp(-1, 1).cpu())
+            with autocast(self.course.device):
+                z0 = sample(model_fn, sampler or self.scheduler, z, steps or self.steps)
+                parts.append(decode(self.vae, z0).float().clamp(-1, 1).cpu())
         return torch.cat(parts)
 
     def share(self, pictures, wanted, groups=GROUPS):

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 from dm_course import latent_recipes, recipes, zoo
@@ -19,6 +19,7 @@ from dm_course.latent_recipes import (
     READ_GROUPS,
     SD_FACTS,
     SHAPE_FACTS,
+    SHAPE_LEARNED,
     UPSCALE_FACTS,
     LatentBatches,
     PipelineFolder,
@@ -204,6 +205,9 @@ def test_the_recipes_run_to_their_end_and_the_zoo_puts_the_parts_together(narrow
     assert shaped.depth_estimator is None and shaped.unet.config.in_channels == 5
     for a, b in zip(sd.vae.parameters(), shaped.vae.parameters()):
         assert torch.equal(a, b)
+    old, new = sd.unet.state_dict(), shaped.unet.state_dict()
+    assert all(torch.equal(old[n], new[n]) == (not n.startswith(SHAPE_LEARNED)) for n in old if n.endswith("weight"))
+    assert all(n.startswith(SHAPE_LEARNED) for n in load_file(narrow / "garden-sd-shape" / "unet" / zoo.CHANGED))
     assert sd("a red butterfly", num_inference_steps=1, output_type="pt").images.shape == (1, 3, 64, 64)
 
 
@@ -233,3 +237,11 @@ def test_a_part_that_nobody_has_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("DM_COURSE_WEIGHTS", str(tmp_path))
     with pytest.raises(zoo.WeightsError, match="half has no vae"):
         zoo.load("half")
+
+
+def test_changes_that_do_not_fit_are_named(tmp_path):
+    unet = new_text_unet((16, 16, 16), size=8, states=16)
+    unet.save_config(tmp_path)
+    save_file({"conv_in.weight": torch.zeros(16, 9, 3, 3)}, tmp_path / zoo.CHANGED)
+    with pytest.raises(zoo.WeightsError, match="does not fit: .*conv_in.weight"):
+        zoo.with_changes(unet, tmp_path)
