@@ -11,13 +11,12 @@ pictures that kept the background which the same noise has without guidance, and
 an hour on one core. Needs the bundled models `butterflies-32`, `garden-clip` and `judge-garden`.
 """
 
-import argparse
 import time
 
 import open_clip
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
-from figures import resumed
+from figures import resumed, run_parts
 
 from dm_course import zoo
 from dm_course.data import Batches, load_data
@@ -26,7 +25,7 @@ from dm_course.guidance import TIME_SCALES, clip_loss, colour_loss, guided, wing
 from dm_course.judges import load_judge, score
 from dm_course.plotting import image_grid, picture_to_text
 from dm_course.sampling import denoiser, sample
-from dm_course.settings import choose, start
+from dm_course.settings import start
 from dm_course.training import autocast
 
 SCALES, COLOUR_SCALE = (5, 15, 40, 100), 100  # those of the lesson; the one for the time scales and samplers
@@ -210,23 +209,5 @@ PARTS = {  # in this order: `words` takes the best scale that `clip` found
 }
 
 
-def main():
-    """Measure what is asked for, or all that is missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", help="a part to measure again; may be given several times")
-    parser.add_argument("--n", type=int, default=200, help="pictures of each set")
-    parser.add_argument("--steps", type=int, default=20, help="steps of each sampler")
-    parser.add_argument("--list", action="store_true", help="list the parts and stop")
-    args = parser.parse_args()
-    if args.list:
-        print("\n".join(PARTS))
-        return
-    bench = Bench(args)
-    for name in [choose(name, PARTS, "part") for name in args.only] if args.only else PARTS:
-        begin = time.perf_counter()
-        PARTS[name](bench)
-        print(f"{name}: {time.perf_counter() - begin:.0f} s", flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    run_parts(__doc__, PARTS, Bench, n=(200, "pictures of each set"), steps=(20, "steps of each sampler"))

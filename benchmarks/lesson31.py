@@ -12,14 +12,13 @@ twenty minutes on two cores. Needs the bundled models `garden-sd`, `garden-sd-sh
 `judge-garden`.
 """
 
-import argparse
 import time
 from dataclasses import replace
 
 import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler
-from figures import resumed
+from figures import resumed, run_parts
 
 from dm_course import zoo
 from dm_course.conditioning import class_spread
@@ -29,7 +28,7 @@ from dm_course.judges import accuracy, load_judge, score
 from dm_course.latent import decode, guided_text, psnr, start_latents
 from dm_course.latent_recipes import draw_prompts, grade_shape, grade_upscale
 from dm_course.sampling import sample
-from dm_course.settings import choose, start
+from dm_course.settings import start
 from dm_course.training import autocast
 
 SCALES, SCALE = (0, 1, 2, 4, 7.5, 10), 4.0  # guidance scales; the one for everything else
@@ -189,23 +188,5 @@ PARTS = {"scales": scales, "samplers": samplers, "strengths": strengths, "negati
 PARTS |= {"shape": shape, "upscale": upscale}
 
 
-def main():
-    """Measure what is asked for, or all that is missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", help="a part to measure again; may be given several times")
-    parser.add_argument("--n", type=int, default=200, help="pictures of each set")
-    parser.add_argument("--steps", type=int, default=20, help="DDIM steps")
-    parser.add_argument("--list", action="store_true", help="list the parts and stop")
-    args = parser.parse_args()
-    if args.list:
-        print("\n".join(PARTS))
-        return
-    bench = Bench(args)
-    for name in [choose(name, PARTS, "part") for name in args.only] if args.only else PARTS:
-        begin = time.perf_counter()
-        PARTS[name](bench)
-        print(f"{name}: {time.perf_counter() - begin:.0f} s", flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    run_parts(__doc__, PARTS, Bench, n=(200, "pictures of each set"), steps=(20, "DDIM steps"))

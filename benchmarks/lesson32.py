@@ -8,14 +8,13 @@ The figures go to dm_course/measured/lesson32.json after each set of pictures, s
 was. All of it takes about forty minutes on two cores. Needs the bundled models `garden-sd` and `judge-garden`.
 """
 
-import argparse
 import time
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
-from figures import resumed
+from figures import resumed, run_parts
 
 from dm_course import zoo
 from dm_course.conditioning import cfg
@@ -26,7 +25,7 @@ from dm_course.judges import accuracy, load_judge
 from dm_course.latent import decode, embed_prompt, encode, guided_text, text_denoiser
 from dm_course.plotting import image_grid, picture_to_text
 from dm_course.sampling import alpha_bar, sample
-from dm_course.settings import choose, start
+from dm_course.settings import start
 from dm_course.textual_inversion import (
     decoded,
     embed_with,
@@ -388,24 +387,12 @@ PARTS = {
 }
 
 
-def main():
-    """Measure what is asked for, or all that is missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", help="a part to measure again; may be given several times")
-    parser.add_argument("--n", type=int, default=64, help="pictures of each set, where nothing else is said")
-    parser.add_argument("--steps", type=int, default=20, help="steps of each sampler, where nothing else is said")
-    parser.add_argument("--scale", type=float, default=4.0, help="guidance scale")
-    parser.add_argument("--list", action="store_true", help="list the parts and stop")
-    args = parser.parse_args()
-    if args.list:
-        print("\n".join(PARTS))
-        return
-    bench = Bench(args)
-    for name in [choose(name, PARTS, "part") for name in args.only] if args.only else PARTS:
-        begin = time.perf_counter()
-        PARTS[name](bench)
-        print(f"{name}: {time.perf_counter() - begin:.0f} s", flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    run_parts(
+        __doc__,
+        PARTS,
+        Bench,
+        n=(64, "pictures of each set, where nothing else is said"),
+        steps=(20, "steps of each sampler, where nothing else is said"),
+        scale=(4.0, "guidance scale"),
+    )

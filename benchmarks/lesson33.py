@@ -12,13 +12,11 @@ for, how far the butterflies have moved from those before, and the seconds of a 
 two cores. Needs the bundled models `garden-sd`, `garden-clip` and `judge-garden`.
 """
 
-import argparse
 import tempfile
-import time
 from pathlib import Path
 
 import torch
-from figures import resumed
+from figures import resumed, run_parts
 
 from dm_course import zoo
 from dm_course.data import Batches, load_data, to_model
@@ -38,7 +36,7 @@ from dm_course.guidance import embed_images
 from dm_course.judges import load_judge
 from dm_course.latent import text_to_image
 from dm_course.plotting import image_grid, picture_to_text
-from dm_course.settings import choose, start
+from dm_course.settings import start
 from dm_course.training import autocast
 
 TOKEN, NOUN, SEEN = "sks", "butterfly", ("paper", "sky", "meadow")  # the word, the class, the places of the five
@@ -279,22 +277,5 @@ def snapshots(bench, way, rate):
 PARTS = {"chosen": chosen, "variants": variants, "grid": grid}
 
 
-def main():
-    """Measure what is asked for, or all that is missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", help="a part to measure again; may be given several times")
-    parser.add_argument("--n", type=int, default=60, help="pictures of each set (a multiple of the places)")
-    parser.add_argument("--list", action="store_true", help="list the parts and stop")
-    args = parser.parse_args()
-    if args.list:
-        print("\n".join(PARTS))
-        return
-    bench = Bench(args)
-    for name in [choose(name, PARTS, "part") for name in args.only] if args.only else PARTS:
-        begin = time.perf_counter()
-        PARTS[name](bench)
-        print(f"{name}: {time.perf_counter() - begin:.0f} s", flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    run_parts(__doc__, PARTS, Bench, n=(60, "pictures of each set (a multiple of the places)"))
