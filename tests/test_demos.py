@@ -5,6 +5,7 @@ import runpy
 import shutil
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -22,13 +23,13 @@ BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 pytestmark = pytest.mark.filterwarnings("ignore:.*(silent_downcasting|copy keyword):DeprecationWarning:gradio")
 
 
-@pytest.fixture(scope="module")
-def page():
-    """The guidance demo in a headless browser."""
+@contextmanager
+def opened(name):
+    """A demo in a headless browser; the test is skipped where there is none."""
     if BROWSER is None:
         pytest.skip(f"no browser is installed (looked for {', '.join(BROWSERS)})")
     sync_api = pytest.importorskip("playwright.sync_api")
-    demo = new_demo("guidance").queue()
+    demo = new_demo(name).queue()
     _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1", inbrowser=False)
     with sync_api.sync_playwright() as play:
         browser = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
@@ -38,6 +39,13 @@ def page():
         yield page
         browser.close()
     demo.close()
+
+
+@pytest.fixture(scope="module")
+def page():
+    """The guidance demo in a headless browser."""
+    with opened("guidance") as page:
+        yield page
 
 
 def fill(page, **fields):

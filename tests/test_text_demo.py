@@ -8,13 +8,12 @@ import time
 import pytest
 import torch
 from PIL import Image, ImageStat
-from test_demos import BROWSER, BROWSERS, fill, says
+from test_demos import fill, opened, says
 from test_dreambooth import new_pipeline
 
 from dm_course import demos
 from dm_course.demos import TextWish, check_text_wish, drawn, export_demo, new_demo
 from dm_course.latent import text_to_image
-from dm_course.zoo import models
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(silent_downcasting|copy keyword):DeprecationWarning:gradio")
 TYPED = {"prompt": "a red butterfly", "negative": "", "scale": 4, "steps": 20, "seed": 0}
@@ -32,21 +31,8 @@ def tiny(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def page():
     """The text-to-image demo in a headless browser."""
-    if BROWSER is None:
-        pytest.skip(f"no browser is installed (looked for {', '.join(BROWSERS)})")
-    if "garden-sd" not in models():
-        pytest.skip("the model garden-sd is not bundled yet")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    demo = new_demo("text-to-image").queue()
-    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1", inbrowser=False)
-    with sync_api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page()
-        page.goto(url)
-        page.get_by_role("button", name="Generate").wait_for()
+    with opened("text-to-image") as page:
         yield page
-        browser.close()
-    demo.close()
 
 
 def pictures_on(page):
