@@ -139,21 +139,16 @@ def add_train(
     p.add_argument("--count", type=int, help="pictures to use")
     p.add_argument("--widths", type=int, nargs="+", default=[32, 64, 128], help="channels of the UNet's levels")
     p.add_argument("--steps", type=int, default=1000, help="optimiser steps")
-    p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate; about 3e-3 for Muon")
-    p.set_defaults(run=run_train)
-    _add_optimisation(p)
-    _add_run(p)
-
-# %% ../nbs/kit/92_cli.ipynb #7093b0a0
-def _add_optimisation(p):
-    "Declare how the weights of a diffusion model are moved."
     p.add_argument("--batch-size", type=int, default=32, help="pictures a batch, in each process")
     p.add_argument("--accumulate", type=int, default=1, help="batches for one optimiser step")
     p.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
+    p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate; about 3e-3 for Muon")
     p.add_argument("--ema", type=float, default=0.995, help="decay of the average of the weights; 0 for none")
     p.add_argument("--precision", choices=PRECISIONS, default="auto")
+    p.set_defaults(run=run_train)
+    _add_run(p)
 
-
+# %% ../nbs/kit/92_cli.ipynb #7093b0a0
 def _add_run(p):
     "Declare where a training run writes, and how often."
     p.add_argument("--seed", type=int, default=0)
@@ -223,9 +218,13 @@ def add_finetune(
     long = p.add_mutually_exclusive_group()
     long.add_argument("--epochs", type=float, help="passes through the data (default: 5)")
     long.add_argument("--steps", type=int, help="optimiser steps, in place of epochs")
+    p.add_argument("--batch-size", type=int, default=32, help="pictures a batch, in each process")
+    p.add_argument("--accumulate", type=int, default=1, help="batches for one optimiser step")
+    p.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
     p.add_argument("--lr", type=float, default=1e-4, help="peak learning rate")
+    p.add_argument("--ema", type=float, default=0.995, help="decay of the average of the weights; 0 for none")
+    p.add_argument("--precision", choices=PRECISIONS, default="auto")
     p.add_argument("--name", default="finetuned", help="name of the new model, and of its folder in --out")
-    _add_optimisation(p)
     _add_run(p)
     p.set_defaults(run=run_finetune, out=None, tracker="tensorboard", sample_every=100)
 
@@ -270,7 +269,7 @@ def _class_stream(pipeline, args, size):
 def _usual_rate(unet, rank):
     "A learning rate to begin with: small models bear more than large ones, and LoRA more than the whole."
     small = sum(p.numel() for p in unet.parameters()) < 10**8
-    return ((5e-6, 1e-4), (3e-4, 2e-3))[small][bool(rank)]
+    return ((5e-6, 1e-4), (1e-3, 6e-3))[small][bool(rank)]
 
 # %% ../nbs/kit/92_cli.ipynb #92taught
 _TAUGHT = (
