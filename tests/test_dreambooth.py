@@ -562,7 +562,7 @@ def test_the_command_teaches_a_folder_of_pictures(saved, pictures, tmp_path, mor
     text = (tmp_path / "run" / "my-moth" / "README.md").read_text()
     head = yaml.safe_load(text.split("---\n")[1])
     assert head["instance_prompt"] == "a sks butterfly" and head["class_prompt"] == "a butterfly"
-    assert head["learning_rate"] == (2e-3 if more else 3e-4)  # what small models bear
+    assert head["learning_rate"] == (6e-3 if more else 1e-3)  # what small models bear
     assert (tmp_path / "run" / "my-moth" / LORA_FILE).exists() == bool(more)
     assert "saved in" in capsys.readouterr().out
 
