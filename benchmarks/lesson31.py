@@ -94,7 +94,7 @@ class Bench:
             place = place.setdefault(key, {})
         place[name] = facts
         zoo.write_measured("lesson31", self.figures)
-        print(*above, name, {k: round(v, 3) for k, v in facts.items()}, flush=True)
+        print(*above, name, zoo.as_plain(facts), flush=True)
 
     def done(self, *where):
         """Whether a figure is there already."""
@@ -160,15 +160,22 @@ def strengths(bench):
 
 
 def negative(bench):
-    """What a negative prompt takes away: the share of red ones, where the prompt leaves the colour open."""
-    texts, red = ["a butterfly at sunset"] * max(1, bench.n // 2), bench.judge.names("colour").index("red")
-    for away in ("", "a red butterfly", "a blue butterfly"):
-        if not bench.done("negative", away or "nothing"):
+    """What a negative prompt takes away: colours, where the prompt leaves them open and the model has a favourite."""
+    texts, names = ["a butterfly at sunset"] * max(1, bench.n // 2), bench.judge.names("colour")
+
+    def count(name, away):
+        if not bench.done("negative", name):
             seen = bench.judge(draw_prompts(bench.pipeline, texts, SCALE, bench.steps, seed=2, negative=away))
-            sunset = bench.judge.names("background").index("sunset")
-            facts = {"n": len(texts), "red": (seen["colour"] == red).float().mean().item()}
-            facts["at sunset"] = (seen["background"] == sunset).float().mean().item()
-            bench.keep("negative", away or "nothing", facts)
+            shares = torch.bincount(seen["colour"], minlength=len(names)) / len(texts)
+            sunset = (seen["background"] == bench.judge.names("background").index("sunset")).float().mean().item()
+            facts = {"n": len(texts), "colours": dict(zip(names, shares.tolist())), "at sunset": sunset}
+            bench.keep("negative", name, facts)
+        return bench.figures["negative"][name]["colours"]
+
+    shares = count("nothing", "")
+    favourite = names.index(max(shares, key=shares.get))
+    for i in (favourite, (favourite + len(names) // 2) % len(names)):  # it, and the colour across the circle
+        count(names[i], f"a {names[i]} butterfly")
 
 
 def shape(bench):

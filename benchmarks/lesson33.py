@@ -200,7 +200,7 @@ def by_place(bench, her):
 def finished_picture(bench, her):
     """The picture at the head of the lesson: the five, before, after."""
     rows = torch.cat([bench.subject, bench.before[: len(PLACES)], her[: len(PLACES)]])
-    return picture_to_text(image_grid(rows, columns=len(PLACES), scale=2))
+    return picture_to_text(image_grid(rows, columns=len(PLACES), scale=2), 128)
 
 
 def chosen(bench):

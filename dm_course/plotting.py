@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CYCLE', 'INK', 'FAINT', 'STYLE', 'BARE', 'to_channels_last', 'to_pil', 'as_pictures', 'resized', 'image_grid',
-           'line_width', 'text_width', 'wrap_label', 'write_over', 'picture_table', 'show_images', 'as_rows',
-           'show_strip', 'show_pairs', 'PaletteCanvas', 'finished', 'as_numbers', 'as_curve', 'add_curve',
-           'plot_curves', 'smoothed', 'plot_losses', 'plot_table', 'as_table', 'picture_to_text', 'picture_from_text']
+           'line_width', 'text_width', 'wrap_label', 'PaletteCanvas', 'finished', 'write_over', 'picture_table',
+           'show_images', 'as_rows', 'show_strip', 'show_pairs', 'as_numbers', 'as_curve', 'add_curve', 'plot_curves',
+           'smoothed', 'plot_losses', 'plot_table', 'as_table', 'picture_to_text', 'picture_from_text']
 
 # %% ../nbs/kit/01_plotting.ipynb #3642373a
 import base64
@@ -185,6 +185,26 @@ def wrap_label(
         lines.append(line)
     return lines
 
+# %% ../nbs/kit/01_plotting.ipynb #9ca1e59a
+class PaletteCanvas(FigureCanvasAgg):
+    """A canvas that writes its PNG files with a palette of 256 colours."""
+
+    def print_png(self, filename_or_obj, *, metadata=None, pil_kwargs=None, **others):
+        """Write the figure to a file name or an open file; matplotlib calls this."""
+        buffer = io.BytesIO()
+        super().print_png(buffer, metadata=metadata)
+        picture = Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        picture.save(filename_or_obj, "PNG", **{"optimize": True, "dpi": (100, 100), **(pil_kwargs or {})})
+
+
+def finished(
+    fig: Figure,  # any figure
+) -> Figure:  # the same
+    """Take a figure out of pyplot's hands, so that it is shown once, and make its PNG small."""
+    plt.close(fig)
+    PaletteCanvas(fig)
+    return fig
+
 # %% ../nbs/kit/01_plotting.ipynb #a32b795d
 def write_over(
     canvas: Image.Image,  # the pictures, laid out
@@ -208,8 +228,7 @@ def write_over(
             ax.text(x - 8, y + h / 2, "\n".join(lines), ha="right", va="center", size=8.5)
         if title:
             ax.text(spots[0][0], 2, title, ha="left", va="top", size=10.5, weight="bold")
-        plt.close(fig)
-    return fig
+    return finished(fig)
 
 # %% ../nbs/kit/01_plotting.ipynb #9ffd12d7
 def picture_table(
@@ -313,26 +332,6 @@ def show_pairs(
     cut = range(0, len(a), columns)
     rows = [row for i in cut for row in (a[i : i + columns], b[i : i + columns])]
     return picture_table(rows, None, list(labels) * len(cut), title)
-
-# %% ../nbs/kit/01_plotting.ipynb #9ca1e59a
-class PaletteCanvas(FigureCanvasAgg):
-    """A canvas that writes its PNG files with a palette of 256 colours."""
-
-    def print_png(self, filename_or_obj, *, metadata=None, pil_kwargs=None, **others):
-        """Write the figure to a file name or an open file; matplotlib calls this."""
-        buffer = io.BytesIO()
-        super().print_png(buffer, metadata=metadata)
-        picture = Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-        picture.save(filename_or_obj, "PNG", **{"optimize": True, "dpi": (100, 100), **(pil_kwargs or {})})
-
-
-def finished(
-    fig: Figure,  # a figure of lines and text
-) -> Figure:  # the same
-    """Take a figure out of pyplot's hands, so that it is shown once, and make its PNG small."""
-    plt.close(fig)
-    PaletteCanvas(fig)
-    return fig
 
 # %% ../nbs/kit/01_plotting.ipynb #ed324ab5
 def as_numbers(
