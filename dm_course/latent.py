@@ -90,7 +90,9 @@ def embed_prompt(
     Raises ValueError for what is no text.
     """
     tokenizer, encoder, prompts = pipeline.tokenizer, pipeline.text_encoder, _as_list(prompts)
-    if hasattr(pipeline, "maybe_convert_prompt"):  # a learned word of several rows is written as several tokens
+    learned = getattr(tokenizer, "added_tokens_encoder", {})
+    if hasattr(pipeline, "maybe_convert_prompt") and any(f"{word}_1" in learned for word in learned):
+        # a learned word of several rows is written as several tokens
         prompts = pipeline.maybe_convert_prompt(prompts, tokenizer)
     for lost in filter(None, (_cut_off(tokenizer, p) for p in prompts if warn)):
         warnings.warn(f"only {tokenizer.model_max_length} tokens fit, and this was cut off: {lost!r}", stacklevel=2)

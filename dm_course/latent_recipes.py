@@ -10,11 +10,11 @@ __all__ = ['READ_GROUPS', 'LATENT_SCALE', 'LONG_SHARE', 'SD_SCALE', 'SD_STEPS', 
            'CaptionBatches', 'reading_loss', 'reading_score', 'train_text_encoder', 'new_autoencoder', 'RoundTrip',
            'autoencoder_loss', 'PictureBatches', 'settle_latents', 'grade_autoencoder', 'train_autoencoder',
            'new_text_unet', 'text_scheduler', 'sd_pipeline', 'LatentBatches', 'prompted_loss', 'encode_all',
-           'sd_pictures', 'twice_butterflies', 'draw_prompts', 'grade_garden_sd', 'write_old_encoder',
-           'write_old_tokenizer', 'keep_changed', 'PipelineFolder', 'train_prompted', 'train_garden_sd', 'mask_loss',
-           'mask_overlap', 'change_masked', 'fresh_masked', 'new_mask_finder', 'train_garden_mask',
-           'with_more_channels', 'draw_shaped', 'grade_shape', 'new_shaper', 'train_garden_sd_shape', 'add_levels',
-           'draw_larger', 'grade_upscale', 'new_upscaler', 'train_garden_upscale']
+           'sd_pictures', 'twice_butterflies', 'draw_prompts', 'grade_garden_sd', 'keep_changed', 'write_old_encoder',
+           'write_old_tokenizer', 'PipelineFolder', 'train_prompted', 'train_garden_sd', 'mask_loss', 'mask_overlap',
+           'change_masked', 'fresh_masked', 'new_mask_finder', 'train_garden_mask', 'with_more_channels', 'draw_shaped',
+           'grade_shape', 'new_shaper', 'train_garden_sd_shape', 'add_levels', 'draw_larger', 'grade_upscale',
+           'new_upscaler', 'train_garden_upscale']
 
 # %% ../nbs/kit/93_latent_recipes.ipynb #93imports
 import json
@@ -601,6 +601,16 @@ def grade_garden_sd(
         figures |= {f"{name}{group}": share for group, share in found.items()}
     return figures | {"guidance_scale": scale}
 
+# %% ../nbs/kit/93_latent_recipes.ipynb #93keepchanged
+def keep_changed(
+    folder: Path,  # of a saved UNet
+    names: tuple[str, ...],  # how the names of the tensors begin that stay
+) -> None:
+    "Keep some tensors of a UNet, in the file that `load` looks for when the others are those of another model."
+    whole = folder / "diffusion_pytorch_model.safetensors"
+    save_file({name: x for name, x in load_file(whole).items() if name.startswith(names)}, folder / CHANGED)
+    whole.unlink()
+
 # %% ../nbs/kit/93_latent_recipes.ipynb #93oldencoder
 def write_old_encoder(
     encoder,  # CLIPTextModel
@@ -611,7 +621,7 @@ def write_old_encoder(
     named = {f"text_model.{k.removeprefix('text_model.')}": x.contiguous() for k, x in state.items()}
     save_file(named, folder / "model.safetensors", {"format": "pt"})
 
-# %% ../nbs/kit/93_latent_recipes.ipynb #93oldtokenizer
+
 def write_old_tokenizer(
     tokenizer,  # CLIPTokenizer
     folder: Path,  # where it has been saved
@@ -620,16 +630,6 @@ def write_old_tokenizer(
     if not (folder / "vocab.json").is_file():
         model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
         write_vocabulary(model["vocab"], model["merges"], folder)
-
-# %% ../nbs/kit/93_latent_recipes.ipynb #93keepchanged
-def keep_changed(
-    folder: Path,  # of a saved UNet
-    names: tuple[str, ...],  # how the names of the tensors begin that stay
-) -> None:
-    "Keep some tensors of a UNet, in the file that `load` looks for when the others are those of another model."
-    whole = folder / "diffusion_pytorch_model.safetensors"
-    save_file({name: x for name, x in load_file(whole).items() if name.startswith(names)}, folder / CHANGED)
-    whole.unlink()
 
 # %% ../nbs/kit/93_latent_recipes.ipynb #90sdsave
 @dataclass
