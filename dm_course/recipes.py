@@ -870,6 +870,10 @@ RECIPES = {  # model: its recipe, as module and function of `dm_course`, which i
     "garden-mask": "latent_recipes:train_garden_mask",
     "garden-sd-shape": "latent_recipes:train_garden_sd_shape",
     "garden-upscale": "latent_recipes:train_garden_upscale",
+    "judge-genres": "audio_recipes:train_judge_genres",
+    "judge-spoken-digits": "audio_recipes:train_judge_spoken",
+    "loops": "audio_recipes:train_loops",
+    "spoken-digits": "audio_recipes:train_spoken",
 }
 
 # %% ../nbs/kit/90_recipes.ipynb #90bundled
