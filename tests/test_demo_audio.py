@@ -4,29 +4,20 @@ import time
 
 import pytest
 import torch
-from test_demos import BROWSER, BROWSERS, fill, pytestmark, says  # noqa: F401
+from test_demos import fill, opened, says
 
 from dm_course import demos
 from dm_course.audio import GENRES, LOOP_MEL, NEW_GENRE, SPEECH_MEL, inspect_sound, read_sound
-from dm_course.demos import SOUND_KINDS, check_sound_wish, new_demo, save_sound_wish, sounding
+from dm_course.demos import SOUND_KINDS, check_sound_wish, save_sound_wish, sounding
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(silent_downcasting|copy keyword):DeprecationWarning:gradio")
 
 
 @pytest.fixture(scope="module")
 def page():
     """The audio demo in a headless browser."""
-    if BROWSER is None:
-        pytest.skip(f"no browser is installed (looked for {', '.join(BROWSERS)})")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    demo = new_demo("audio").queue()
-    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1", inbrowser=False)
-    with sync_api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page()
-        page.goto(url)
-        page.get_by_role("button", name="Generate").wait_for()
+    with opened("audio") as page:
         yield page
-        browser.close()
-    demo.close()
 
 
 def choose_kind(page, kind):
