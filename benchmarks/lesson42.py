@@ -5,8 +5,7 @@
     python benchmarks/lesson42.py --list
 
 The figures go to dm_course/measured/lesson42.json after each set of sounds, so a run that is cut off goes on where it
-was. Needs the bundled models `loops`, `spoken-digits`, `judge-genres`
-and `judge-spoken-digits`; no recordings.
+was. Needs the bundled models `loops`, `spoken-digits`, `judge-genres` and `judge-spoken-digits`; no recordings.
 """
 
 import base64
@@ -34,6 +33,7 @@ from dm_course.audio import (
     given_frames,
     griffin_lim,
     heard_again,
+    inspect_sound,
     log_spectral_distance,
     loop,
     loop_pictures,
@@ -55,7 +55,7 @@ from dm_course.training import autocast, train
 ROUNDS, LOOPS = [0, 2, 4, 8, 16, 32, 64], 48  # of Griffin-Lim; loops that go through it
 TUNE_STEPS, TUNE_BATCH, TUNE_N = (30, 100, 300), 8, 50  # of fine-tuning; sounds of each kind that are judged
 SCALES, DIGITS = (0.0, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0), 200  # of guidance; digits at each
-GO_ON = 50  # beginnings
+GO_ON, LOOKED = 50, 100  # beginnings; sounds of each model that are looked over
 KNOWN = [name for name in GENRES if name != NEW_GENRE]
 
 
@@ -222,7 +222,31 @@ def going_on(bench):
     bench.save(str(found["ways"]))
 
 
-PARTS = {"griffin-lim": lost, "fine-tuning": fine_tuning, "digits": digits, "going on": going_on}
+def looked_over(bench):
+    """What is wrong with painted sounds before they are written to a file: clicks, silence, too loud."""
+    found = bench.part("looked over", n=LOOKED)
+    for name, pipeline, mel, kinds in (("loops", bench.loops, LOOP_MEL, 5), ("digits", bench.speech, SPEECH_MEL, 10)):
+        if name in found:
+            continue
+        waves = mel_to_wave(bench.draw(pipeline, torch.arange(LOOKED) % kinds, seed=500), mel)
+        facts = [inspect_sound(wave, mel.rate, repeat=mel.wrap) for wave in waves]
+        found[name] = {
+            "with a click": sum(f.clicks > 0 for f in facts),
+            "silent throughout": sum(f.silent == 1 for f in facts),
+            "with a peak above 1": sum(f.peak > 1 for f in facts),
+            "samples at ±1 or beyond": float(np.mean([f.clipped for f in facts])),
+            "loudness": [float(np.percentile([f.loudness for f in facts], q)) for q in (0, 50, 100)],
+        }
+        bench.save(f"{name}: {found[name]}")
+
+
+PARTS = {
+    "griffin-lim": lost,
+    "fine-tuning": fine_tuning,
+    "digits": digits,
+    "going on": going_on,
+    "looked over": looked_over,
+}
 
 if __name__ == "__main__":
     run_parts(__doc__, PARTS, Bench, steps=(20, "DDIM steps of each sound"))
