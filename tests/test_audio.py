@@ -172,6 +172,7 @@ def test_players_are_small_and_labelled():
     assert page.count("<audio") == 2 and "a &lt;b&gt;" in page and len(page) < 30_000
     assert player(tone(), RATE).data.count("<audio") == 1 and "controls loop" not in page
     assert player([tone(), tone()], RATE, loop=True).data.count("<audio controls loop ") == 2
+    assert all("audio/wav" in player(tone(), rate).data for rate in (4_000, 96_000))  # rates that MP3 does not know
     with pytest.raises(ValueError, match="1 sounds and 2 labels"):
         player([tone()], RATE, ["a", "b"])
     with pytest.raises(ValueError, match="0 sounds"):
@@ -633,6 +634,16 @@ def solution_of(name, *changes):
 
 def test_halve_takes_the_usual_way_too():
     assert audio.check_halve(lambda wave: resampled(wave, 8_000, 4_000))
+
+
+def test_halve_takes_complex_numbers_that_are_real_and_no_others(capsys):
+    def by_fft(wave, turn=1):
+        loud, k = np.fft.fft(wave), len(wave) // 4
+        return turn * np.fft.ifft(np.concatenate([loud[:k], loud[-k:]])) / 2
+
+    assert audio.check_halve(by_fft)
+    assert not audio.check_halve(lambda wave: by_fft(wave, 1j)) and "real numbers" in capsys.readouterr().out
+    assert not audio.check_halve(lambda wave: wave[::2] * np.nan) and "finite" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
