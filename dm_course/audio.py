@@ -42,6 +42,9 @@ from .sampling import sample
 from .settings import cache_dir, choose, data_dir, online, tried, verdict
 
 # %% ../nbs/unit4/42_audio.ipynb #u42bytes
+_MP3_RATES = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)  # what its standards know
+
+
 def sound_bytes(
     wave,  # (samples,) or (channels, samples) floats; what is louder than 1 is made quieter as a whole
     rate,  # samples a second
@@ -61,9 +64,6 @@ def sound_bytes(
     return file.getvalue()
 
 # %% ../nbs/unit4/42_audio.ipynb #u42playerfn
-_MP3_RATES = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)  # what its standards know
-
-
 def player(
     waves,  # one sound (samples,), or a list of sounds
     rate,  # samples a second
