@@ -391,7 +391,9 @@ def show_mel(
             ax.imshow(picture[0].float().cpu().numpy(), **show)
             ax.set(title=titles[i] if titles else "", yticks=at, yticklabels=["200 Hz", "1 kHz", "3 kHz"])
             ax.grid(False)
-        [ax.set_xlabel("seconds") for ax in axes[-1]]
+            if i + columns >= len(pictures):  # the lowest of its column
+                ax.set_xlabel("seconds")
+                ax.tick_params(labelbottom=True)
         fig.tight_layout()
     return finished(fig)
 
