@@ -381,8 +381,7 @@ def show_mel(
     rows, (bands, frames) = math.ceil(len(pictures) / columns), pictures.shape[-2:]
     hz = librosa.mel_frequencies(mel.bands + 2, fmax=mel.rate / 2)[1:-1]
     at = [int(np.abs(hz - f).argmin()) for f in (200, 1_000, 3_000)]
-    colours = plt.get_cmap("magma", 48)  # eyes need no more, and the page grows by half as much
-    show = dict(cmap=colours, vmin=-1, vmax=1, interpolation="nearest", aspect="auto")
+    show = dict(cmap=plt.get_cmap("magma", 48), vmin=-1, vmax=1, interpolation="nearest", aspect="auto")
     show |= dict(extent=(0, frames * mel.hop / mel.rate, -0.5, bands - 0.5), origin=("upper", "lower")[mel.low_first])
     with plt.rc_context(STYLE):
         size = (min(7.2, 2.4 * columns), 1.4 * rows + 0.3)
@@ -390,11 +389,11 @@ def show_mel(
         [ax.set_visible(i < len(pictures)) for i, ax in enumerate(axes.flat)]
         for i, (picture, ax) in enumerate(zip(pictures, axes.flat)):
             ax.imshow(picture[0].float().cpu().numpy(), **show)
-            ax.set(title=titles[i] if titles else "", yticks=at, yticklabels=["200 Hz", "1 kHz", "3 kHz"])
+            lowest = i + columns >= len(pictures)  # of its column
+            ax.set(title=titles[i] if titles else "", xlabel="seconds" if lowest else "")
+            ax.set(yticks=at, yticklabels=["200 Hz", "1 kHz", "3 kHz"])
+            ax.tick_params(labelbottom=lowest)
             ax.grid(False)
-            if i + columns >= len(pictures):  # the lowest of its column
-                ax.set_xlabel("seconds")
-                ax.tick_params(labelbottom=True)
         fig.tight_layout()
     return finished(fig)
 
