@@ -383,7 +383,7 @@ def show_mel(
     at = [int(np.abs(hz - f).argmin()) for f in (200, 1_000, 3_000)]
     show = dict(cmap=plt.get_cmap("magma", 48), vmin=-1, vmax=1, interpolation="nearest", aspect="auto")
     show |= dict(extent=(0, frames * mel.hop / mel.rate, -0.5, bands - 0.5), origin=("upper", "lower")[mel.low_first])
-    with plt.rc_context(STYLE):
+    with plt.rc_context(STYLE | {"axes.grid": False}):
         size = (min(7.2, 2.4 * columns), 1.4 * rows + 0.3)
         fig, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
         [ax.set_visible(i < len(pictures)) for i, ax in enumerate(axes.flat)]
@@ -393,7 +393,6 @@ def show_mel(
             ax.set(title=titles[i] if titles else "", xlabel="seconds" if lowest else "")
             ax.set(yticks=at, yticklabels=["200 Hz", "1 kHz", "3 kHz"])
             ax.tick_params(labelbottom=lowest)
-            ax.grid(False)
         fig.tight_layout()
     return finished(fig)
 
