@@ -7,12 +7,12 @@ import re
 import tarfile
 
 import librosa
-import notebooks
 import numpy as np
 import pytest
 import soundfile
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline
+from shared import solution_of
 
 from dm_course import audio
 from dm_course.audio import (
@@ -54,8 +54,6 @@ from dm_course.data import Batches, to_model
 from dm_course.latent import inpainting, paste
 from dm_course.recipes import digits_scheduler
 from dm_course.sampling import sample
-
-LESSON = next(p for p in notebooks.lessons() if p.stem == "42_audio")
 
 SMALL = Mel(rate=8_000, hop=64, window=256, bands=16, frames=16, floor=-60.0)  # a picture of 1,024 samples
 
@@ -621,17 +619,6 @@ def test_figures_show_each_sound():
 # Exercises
 
 
-def solution_of(name, *changes):
-    """The function that a folded solution defines, with mistakes put in."""
-    space = dict(vars(audio))
-    code = next(code for _, code, _ in notebooks.solutions(notebooks.read(LESSON)) if f"def {name}(" in code)
-    for old, new in changes:
-        assert old in code, old
-        code = code.replace(old, new)
-    exec(code, space)
-    return space[name]
-
-
 def test_halve_takes_the_usual_way_too():
     assert audio.check_halve(lambda wave: resampled(wave, 8_000, 4_000))
 
@@ -675,5 +662,5 @@ def test_halve_takes_complex_numbers_that_are_real_and_no_others(capsys):
 )  # fmt: skip
 def test_checkers_say_what_is_off(name, changes, said, capsys):
     with np.errstate(all="ignore"):
-        assert getattr(audio, f"check_{name}")(solution_of(name, *changes)) is False
+        assert getattr(audio, f"check_{name}")(solution_of(audio, "42_audio", name, *changes)) is False
     assert re.search(said, capsys.readouterr().out)

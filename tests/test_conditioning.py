@@ -2,10 +2,10 @@
 
 import re
 
-import notebooks
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
+from shared import solution_of
 
 from dm_course import conditioning
 from dm_course.conditioning import (
@@ -23,7 +23,6 @@ from dm_course.sampling import alpha_bar, convert, denoiser, diffusion_loss, sam
 from dm_course.training import train
 from dm_course.zoo import card, load, models
 
-LESSON = next(p for p in notebooks.lessons() if p.stem == "23_class_conditioning")
 KINDS = ("epsilon", "v_prediction", "sample")
 SMALL = dict(size=8, widths=(16, 16), attention=4)
 NETWORKS = {"channels": ChannelUNet, "embedding": class_unet, "cross-attention": CrossAttentionUNet}
@@ -311,17 +310,6 @@ def test_digits_28_draws_what_it_is_asked_for():
 # Exercises
 
 
-def solution_of(name, *changes):
-    """The function that a folded solution defines, with mistakes put in."""
-    space = dict(vars(conditioning))
-    code = next(code for _, code, _ in notebooks.solutions(notebooks.read(LESSON)) if f"def {name}(" in code)
-    for old, new in changes:
-        assert old in code, old
-        code = code.replace(old, new)
-    exec(code, space)
-    return space[name]
-
-
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [
@@ -343,5 +331,6 @@ def solution_of(name, *changes):
     ],
 )
 def test_checkers_say_what_is_off(name, changes, said, capsys):
-    assert getattr(conditioning, f"check_{name}")(solution_of(name, *changes)) is False
+    answer = solution_of(conditioning, "23_class_conditioning", name, *changes)
+    assert getattr(conditioning, f"check_{name}")(answer) is False
     assert re.search(said, capsys.readouterr().out)

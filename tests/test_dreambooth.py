@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import yaml
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from shared import normal
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dm_course import cli
@@ -44,11 +45,6 @@ from dm_course.sampling import PREDICTION_TYPES, alpha_bar, denoiser, diffusion_
 
 WORDS = ("a", "butterfly", "red", "moth", "on", "white", "paper", "in", "sky", "cloudy", "sks")
 FAST = {"lr": 1e-3, "precision": "fp32", "progress": False}
-
-
-def normal(*shape, seed=0):
-    """Normal numbers, always the same."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def new_tokenizer(folder):

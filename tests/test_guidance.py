@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler
+from shared import normal
 
 from dm_course import guidance
 from dm_course.garden import COLOURS
@@ -26,11 +27,6 @@ from dm_course.recipes import new_unet
 from dm_course.sampling import PREDICTION_TYPES, alpha_bar, convert, denoiser, sample
 
 KINDS = PREDICTION_TYPES
-
-
-def normal(*shape, seed=0):
-    """Normal numbers, always the same."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def schedule(kind="v_prediction", **options):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
+from shared import normal
 
 from dm_course import inversion
 from dm_course.conditioning import cfg
@@ -30,11 +31,6 @@ from dm_course.inversion import (
 from dm_course.sampling import PREDICTION_TYPES, alpha_bar, convert, denoiser, oracle, sample
 
 KINDS = PREDICTION_TYPES
-
-
-def normal(*shape, seed=0):
-    """Normal numbers, always the same."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def schedule(kind="v_prediction", zero=True, **options):

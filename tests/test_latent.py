@@ -15,6 +15,7 @@ from diffusers import (
     StableDiffusionUpscalePipeline,
     UniPCMultistepScheduler,
 )
+from shared import normal
 
 from dm_course import latent
 from dm_course.latent import (
@@ -51,11 +52,6 @@ PROMPTS = ["a blue butterfly with yellow spots in a green meadow", "a red flower
 def generator(seed=0):
     """A fresh generator."""
     return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape, seed=0):
-    """Normal numbers, always the same."""
-    return torch.randn(*shape, generator=generator(seed))
 
 
 @pytest.fixture(scope="module")

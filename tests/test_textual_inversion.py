@@ -16,6 +16,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.models.attention_processor import Attention, AttnProcessor
+from shared import normal
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dm_course import textual_inversion
@@ -43,11 +44,6 @@ from dm_course.textual_inversion import (
 
 WORDS = "a red blue butterfly rose with white spots in sky on paper picture of one there is".split()
 WORD = "<moonmoth>"
-
-
-def normal(*shape, seed=0):
-    """Normal numbers, always the same."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def small_tokenizer(folder):
