@@ -7,9 +7,9 @@ PYTHON ?= python3
 LESSONS ?=
 # A constraints file for pip: CONSTRAINTS=tests/oldest.txt tests on the oldest allowed versions.
 CONSTRAINTS ?=
-# Tests run as on a laptop with two cores; one notebook at a time, so that two don't fight for them.
-THREADS ?= 2
-WORKERS ?= 1
+# Tests run as on a laptop with two cores: two processes of one thread each get more done than one of two.
+WORKERS ?= 2
+THREADS ?= 1
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,7 +32,7 @@ course: $(SMALL)
 
 test: $(ALL)
 	OMP_NUM_THREADS=$(THREADS) MPLBACKEND=agg $(BIN)/nbdev_test --n_workers $(WORKERS) --do_print --timing
-	OMP_NUM_THREADS=$(THREADS) MPLBACKEND=agg $(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=$(THREADS) MPLBACKEND=agg $(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal
 
 lab: $(SMALL)
 	$(BIN)/jupyter lab --notebook-dir nbs

@@ -3,6 +3,7 @@
 import io
 import runpy
 import shutil
+import socket
 import sys
 import time
 from contextlib import contextmanager
@@ -30,7 +31,11 @@ def opened(name):
         pytest.skip(f"no browser is installed (looked for {', '.join(BROWSERS)})")
     sync_api = pytest.importorskip("playwright.sync_api")
     demo = new_demo(name).queue()
-    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1", inbrowser=False)
+    with socket.create_server(("127.0.0.1", 0)) as free:  # Gradio counts up from one port, which two processes both do
+        port = free.getsockname()[1]
+    _, url, _ = demo.launch(
+        prevent_thread_lock=True, quiet=True, server_name="127.0.0.1", server_port=port, inbrowser=False
+    )
     with sync_api.sync_playwright() as play:
         browser = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page()

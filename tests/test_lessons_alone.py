@@ -10,16 +10,18 @@ import re
 import subprocess
 import sys
 import zipfile
+from contextlib import contextmanager
 
 import course
 import notebooks
 import pytest
+from filelock import FileLock
 from nbformat.v4 import new_code_cell
 from notebooks import ROOT
 from tqdm import tqdm
 
-# The promise is two minutes on two cores; a busy or slower machine gets half as much again before the test fails.
-SECONDS = 120 * 1.5
+# The promise is two minutes on two cores, which `make course` measures. Here a lesson has one thread and a neighbour.
+SECONDS = 120 * 2
 
 GUARD = '''
 import sys, warnings
@@ -61,13 +63,24 @@ _install_guard()
 '''
 
 
+@contextmanager
+def made_once(tmp_path_factory, name):
+    """A folder that all processes of this test run share; it is empty for the first of them, which fills it."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / name
+    with FileLock(f"{folder}.lock"):
+        folder.mkdir(exist_ok=True)
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
     """The wheel, built from the source distribution."""
-    out = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--outdir", str(out), str(ROOT)]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    with made_once(tmp_path_factory, "dist") as out:
+        if not any(out.iterdir()):
+            command = [sys.executable, "-m", "build", "--outdir", str(out), str(ROOT)]
+            run = subprocess.run(command, capture_output=True, text=True)
+            assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     assert len(list(out.glob("*.tar.gz"))) == 1
     return next(out.glob("*.whl"))
 
@@ -75,9 +88,10 @@ def wheel(tmp_path_factory):
 @pytest.fixture(scope="session")
 def site(wheel, tmp_path_factory):
     """A folder with the package as pip installs it from the wheel, and nothing else."""
-    folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), str(wheel)]
-    subprocess.run(command, check=True)
+    with made_once(tmp_path_factory, "site") as folder:
+        if not any(folder.iterdir()):
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, wheel]
+            subprocess.run(command, check=True)
     return folder
 
 
@@ -135,7 +149,8 @@ def test_a_lesson_runs_alone_against_the_wheel(path, site, tmp_path, capsys):
         pytest.fail(str(stopped), pytrace=False)
     extra = sum(lesson.cell_seconds.get(nb.cells.index(c), 0.0) for c in solutions)
     with capsys.disabled():
-        print(f"\n{path.stem} alone: {seconds - extra:.0f} s and {extra:.0f} s for the solutions, {peak:,.0f} MB")
+        took = f"{seconds - extra:.0f} s and {extra:.0f} s for the solutions, {peak:,.0f} MB"
+        print(f"\n{path.stem} alone: {took}", file=sys.stderr)  # a process of several keeps its stdout to itself
     said = [line for cell in notebooks.code_cells(nb) for line in notebooks.complaints(cell)]
     assert not said, "written to stderr:\n" + "\n".join(said)
     assert seconds - extra <= SECONDS
