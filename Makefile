@@ -5,13 +5,13 @@
 #   make lab                      JupyterLab on the course
 PYTHON ?= python3
 LESSONS ?=
-# A constraints file for pip: CONSTRAINTS=tests/oldest.txt tests on the oldest allowed versions.
+# A constraints file for pip: CONSTRAINTS=tests/oldest.txt tests on the oldest allowed versions, in .venv-oldest.
 CONSTRAINTS ?=
 # Tests run as on a laptop with two cores: two processes of one thread each get more done than one of two.
 WORKERS ?= 2
 THREADS ?= 1
 
-VENV := .venv
+VENV := .venv$(if $(CONSTRAINTS),-$(basename $(notdir $(CONSTRAINTS))))
 BIN := $(VENV)/bin
 # What is installed is stamped with a sum of what was asked for: a second make has nothing to do.
 SUM := $(firstword $(shell cat settings.ini setup.py $(CONSTRAINTS) | cksum))

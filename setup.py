@@ -1,5 +1,6 @@
 """Builds the package from settings.ini, the one source of its metadata."""
 
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -9,6 +10,13 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=["="], interpolation=None)
 config.read(here / "settings.ini", encoding="utf-8")
 facts = config["DEFAULT"]
+
+
+def readme():
+    """README.md with its links to files as addresses: the package index knows only the page itself."""
+    text, at = (here / "README.md").read_text(encoding="utf-8"), f"{facts['git_url']}/%s/{facts['branch']}/"
+    text = re.sub(r"(!\[[^\]]*\]\()(?!https?:|#)", lambda m: m[1] + at % "raw", text)
+    return re.sub(r"((?<!!)\[[^\]]*\]\()(?!https?:|#)", lambda m: m[1] + at % "blob", text)
 
 
 def needs(name):
@@ -22,7 +30,7 @@ setup(
     name=facts["pip_name"],
     version=facts["version"],
     description=facts["description"],
-    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description=readme(),
     long_description_content_type="text/markdown",
     author=facts["author"],
     url=facts["git_url"],

@@ -1,22 +1,21 @@
 """The long comparisons of lesson 12: digits of 28 × 28 pixels, and the same computing time for every variant.
 
-    python benchmarks/lesson12.py                       # everything that is not there yet, 50 seconds a variant
+    python benchmarks/lesson12.py                       # everything that is not there yet, 90 seconds a variant
     python benchmarks/lesson12.py --seconds 600         # ten minutes a variant
     python benchmarks/lesson12.py --only "predict v"    # one variant, again
     python benchmarks/lesson12.py --list
 
 The figures go to dm_course/measured/lesson12.json after each variant, so a run that is cut off goes on where it was.
 Time is counted in the processor's own seconds, added over all threads, so that other programs on the machine do not
-matter: `--seconds 50` on two threads gives each variant 100 CPU seconds of training, which is 50 seconds of a quiet
-machine. On a GPU, seconds are those of the clock. Drawing and judging samples come on top; all of it takes about half
-an hour on two cores.
+matter: `--seconds 90` is 90 seconds of one quiet core, or 45 of two. On a GPU, seconds are those of the clock. Drawing
+and judging samples come on top; all of it takes about half an hour on two cores.
 """
 
 import argparse
 import time
 from functools import partial
 
-from timing import THREADS, clock, steps_for  # first: it sets how threads wait
+from timing import clock, steps_for  # first: it sets how threads wait
 
 # isort: split
 
@@ -82,7 +81,6 @@ class Bench:
         same = {
             "command": f"python benchmarks/lesson12.py --seconds {args.seconds:g}",
             "seconds": args.seconds,
-            "threads": THREADS,
             "data": f"{len(digits):,} pictures of {'MNIST' if len(digits) > 2000 else 'scikit-learn'}",
             "n": self.n,
         }
@@ -226,7 +224,7 @@ def samplers(bench):
 def main():
     """Measure what is asked for, or all that is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=50, help="training time of a variant, on a quiet machine")
+    parser.add_argument("--seconds", type=float, default=90, help="training time of a variant, in CPU seconds")
     parser.add_argument("--only", action="append", help="a variant to measure again; may be given several times")
     parser.add_argument("--n", type=int, default=500, help="samples, and real digits, for each Fréchet distance")
     parser.add_argument("--list", action="store_true", help="list the variants and stop")

@@ -6,8 +6,8 @@
     python benchmarks/lesson23.py --list
 
 The figures go to dm_course/measured/lesson23.json after each part, so a run that is cut off goes on where it was.
-Time is counted in the processor's own seconds, added over all threads, as in benchmarks/lesson12.py: `--seconds 150` on
-two threads gives each way 300 CPU seconds of training. The part `scales` draws with the bundled `digits-28`.
+Time is counted in the processor's own seconds, added over all threads, as in benchmarks/lesson12.py: `--seconds 150` is
+150 seconds of one quiet core. The part `scales` draws with the bundled `digits-28`.
 Drawing and judging come on top; all of it takes about half an hour on one core.
 """
 
@@ -15,7 +15,7 @@ import argparse
 import time
 from functools import partial
 
-from timing import THREADS, clock, steps_for  # first: it sets how threads wait
+from timing import clock, steps_for  # first: it sets how threads wait
 
 # isort: split
 
@@ -63,7 +63,6 @@ class Bench:
         same = {
             "command": f"python benchmarks/lesson23.py --seconds {args.seconds:g} --n {args.n}",
             "seconds": args.seconds,
-            "threads": THREADS,
             "data": f"{len(digits):,} pictures of {'MNIST' if len(digits) > 2000 else 'scikit-learn'}",
             "n": args.n,
             "ddim_steps": STEPS,
@@ -125,7 +124,7 @@ class Bench:
 def main():
     """Measure what is asked for, or all that is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=150, help="training time of a way, on a quiet machine")
+    parser.add_argument("--seconds", type=float, default=150, help="training time of a way, in CPU seconds")
     parser.add_argument("--only", action="append", help="a part to measure again; may be given several times")
     parser.add_argument("--n", type=int, default=500, help="samples, and real digits, for each figure")
     parser.add_argument("--list", action="store_true", help="list the parts and stop")

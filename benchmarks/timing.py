@@ -10,7 +10,6 @@ import torch
 from dm_course.settings import sync
 
 GPU = torch.accelerator.is_available()
-THREADS = 1 if GPU else torch.get_num_threads()
 
 
 def clock():
@@ -21,8 +20,8 @@ def clock():
 
 
 def steps_for(seconds, train):
-    """How many steps `train(steps)` can take in a time (on a quiet machine), by trying a few."""
+    """How many steps `train(steps)` can take in so many seconds of the clock above, by trying a few."""
     train(2)  # warms up
     begin = clock()
     train(6)
-    return max(2, round(seconds * THREADS * 6 / (clock() - begin)))
+    return max(2, round(seconds * 6 / (clock() - begin)))

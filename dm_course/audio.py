@@ -121,7 +121,7 @@ def drum(
     random,  # np.random.RandomState, for the noise
 ) -> np.ndarray:  # (3840,) float64, 0.24 s
     """Hit a drum. Raises ValueError for an unknown one."""
-    choose(kind, ("kick", "snare", "hat"), "drum")
+    kind = choose(kind, ("kick", "snare", "hat"), "drum")
     t = np.arange(round(0.24 * RATE)) / RATE
     noise = random.uniform(-1, 1, len(t))
     if kind == "kick":
@@ -631,8 +631,8 @@ def heard_again(
     return torch.cat([wave_to_mel(mel_to_wave(x, mel, iterations), mel) for x in pictures.split(50)])
 
 # %% ../nbs/unit4/42_audio.ipynb #u42fetch
-_SPOKEN = "https://github.com/Jakobovski/free-spoken-digit-dataset/archive"
-SPOKEN_URL = f"{_SPOKEN}/1306d2c6da002dfb2fd1f113d8596d801648a085.tar.gz"  # six speakers, 3,000 takes
+_ARCHIVES = "https://codeload.github.com"  # where GitHub sends whoever asks for an archive
+SPOKEN_URL = f"{_ARCHIVES}/Jakobovski/free-spoken-digit-dataset/tar.gz/1306d2c6da002dfb2fd1f113d8596d801648a085"
 
 
 def _fetch_spoken(folder, url=SPOKEN_URL, timeout=10.0, patience=20.0, least=3_000):
@@ -671,7 +671,7 @@ def _find_spoken():
         if root is not None and any((root / "free-spoken-digits" / "recordings").glob("*.wav")):
             return root / "free-spoken-digits" / "recordings"
     try:
-        if online(url="https://github.com"):
+        if online(url=_ARCHIVES):
             _fetch_spoken(cached.parent)
             return cached
     except (OSError, tarfile.TarError, http.client.HTTPException):

@@ -90,11 +90,35 @@ def _say_memory(unet, loss_fn, data, args):
         total = sum(p.numel() for p in unet.parameters())
         print(f"{total:,} parameters, batches of {args.batch_size}: about {need:,.0f} MiB to train", flush=True)
 
+# %% ../nbs/kit/92_cli.ipynb #92runfinetune
+def _tracker(name):
+    "The tracker's name if its package is there. Without TensorBoard, which nobody need ask for, a run goes on."
+    if name is None or find_spec(name):
+        return name
+    if name != "tensorboard":
+        raise ValueError(f"{name} is not installed; try: pip install 'dm-course[trackers]'")
+    if _is_main():
+        print("TensorBoard is not installed (pip install 'dm-course[trackers]'), so no curves are kept")
+    return None
+
+# %% ../nbs/kit/92_cli.ipynb #92checktaught
+def _check_taught(args, names, **facts):
+    "Note what a run learns from. Raises ValueError where the checkpoint in `out` has learned from something else."
+    path = Path(args.out) / "taught.json"
+    facts = as_plain({name: getattr(args, name) for name in names.split()} | facts)
+    if args.resume and (path.parent / "checkpoint.pt").exists():
+        then = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if other := [name for name, value in facts.items() if then.get(name) != value]:
+            raise ValueError(f"the run in {args.out} has other {', '.join(other)}; take another --out, or --no-resume")
+    if _is_main():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, facts)
+
 # %% ../nbs/kit/92_cli.ipynb #92sayrun
 def _say_run(args, run, folder):
     "Say how a training went and where its result lies."
     last = run.losses[-20:]
-    print(f"{run.step:,} steps, loss {sum(last) / len(last):.4f}, {run.seconds:.0f} s, peak {run.peak_mb:,.0f} MiB")
+    print(f"{run.step:,} steps, loss {sum(last) / len(last):.4f}, {run.seconds:.0f} s, peak {run.peak_mb:,.0f} MB")
     if args.tracker == "tensorboard":
         print(f"curves and pictures: tensorboard --logdir {args.out}")
     print(f"saved in {folder}; see it with: dm-course sample {folder}")
@@ -112,9 +136,11 @@ def run_train(
     args: argparse.Namespace,  # of `dm-course train`
 ) -> None:  # prints what it does and where the result lies
     "Train a diffusion model on a dataset and save it as a pipeline."
+    args.tracker = _tracker(args.tracker)
     unet, scheduler = new_unet(args.size, args.channels, tuple(args.widths), seed=args.seed), butterflies_scheduler()
     given = {f.name: getattr(args, f.name) for f in fields(TrainingOptions) if hasattr(args, f.name)}
     check_options(**given)  # a mistake should show before the data is read
+    _check_taught(args, "data count size channels widths batch_size")
     rows = open_data(args.data, args.size, args.count)
     data = Batches(rows, args.batch_size, size=args.size, channels=args.channels, seed=args.seed)
     loss_fn = diffusion_loss(scheduler)
@@ -161,17 +187,6 @@ def _add_run(p):
         "--resume", action=argparse.BooleanOptionalAction, default=True, help="go on from a checkpoint in --out"
     )
 
-# %% ../nbs/kit/92_cli.ipynb #92runfinetune
-def _tracker(name):
-    "The tracker's name if its package is there. Without TensorBoard, which nobody need ask for, a run goes on."
-    if name is None or find_spec(name):
-        return name
-    if name != "tensorboard":
-        raise ValueError(f"{name} is not installed; try: pip install 'dm-course[trackers]'")
-    if _is_main():
-        print("TensorBoard is not installed (pip install 'dm-course[trackers]'), so no curves are kept")
-    return None
-
 # %% ../nbs/kit/92_cli.ipynb #92report
 def _report_finetuned(args, tuned, epochs, pictures):
     "Save a fine-tuned pipeline with its card, and say how it went."
@@ -197,6 +212,7 @@ def run_finetune(
     rows = open_data(args.data, size, args.count, args.seed)
     data = Batches(rows, args.batch_size, size=size, channels=channels, flip=args.flip, seed=args.seed)
     check_start(start, data.batch(0)["images"])
+    _check_taught(args, "start data count size flip batch_size")
     _say_memory(start.unet, diffusion_loss(start.scheduler), data, args)
     noise = torch.randn(8, channels, size, size, generator=torch.Generator().manual_seed(args.seed))
     tuned = finetune(start, data, epochs, noise, **given)
@@ -261,7 +277,7 @@ def _class_stream(pipeline, args, size):
         print(f"drawing {args.class_count} pictures of {prompt!r}, to keep what the model knows", flush=True)
     generator = torch.Generator().manual_seed(args.seed + 1)
     pictures, prompts = class_pictures(
-        pipeline, prompt, args.class_count, args.class_scale, args.draw_steps, generator=generator
+        pipeline, prompt, args.class_count, args.class_scale, args.draw_steps, generator=generator, size=size
     )
     return stream(pipeline, pictures, prompts)
 
@@ -272,24 +288,16 @@ def _usual_rate(unet, rank):
     return ((5e-6, 1e-4), (1e-3, 6e-3))[small][bool(rank)]
 
 # %% ../nbs/kit/92_cli.ipynb #92taught
-_TAUGHT = (
+_SUBJECT = (
     "start size batch_size rank convolutions train_text prior_weight class_prompt class_count class_data "
     "class_scale draw_steps noun token"
-).split()
+)
 
 
-def _check_taught(args, rows, prompts):
-    "Note what a run teaches. Raises ValueError where the checkpoint in `out` was taught something else."
-    root, path = Path(args.folder).expanduser(), Path(args.out) / "taught.json"
-    facts = {name: getattr(args, name) for name in _TAUGHT}
-    facts = as_plain(facts | {"prompts": prompts, "pictures": [sha256(root / name) for name in rows["file"]]})
-    if args.resume and (path.parent / "checkpoint.pt").exists():
-        then = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if other := [name for name, value in facts.items() if then.get(name) != value]:
-            raise ValueError(f"the run in {args.out} has other {', '.join(other)}; take another --name, or --no-resume")
-    if _is_main():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, facts)
+def _check_subject(args, rows, prompts):
+    "Note which subject a run teaches. Raises ValueError where the checkpoint in `out` was taught something else."
+    pictures = [sha256(Path(args.folder).expanduser() / name) for name in rows["file"]]
+    _check_taught(args, _SUBJECT, prompts=prompts, pictures=pictures)
 
 # %% ../nbs/kit/92_cli.ipynb #92reportdream
 def _report_dreambooth(args, made, look):
@@ -302,7 +310,7 @@ def _report_dreambooth(args, made, look):
     subject = args.subject or f"the {args.noun} of {Path(args.folder).name}"
     folder = Path(args.out) / args.name
     save_dreambooth(made, folder, args.start, prompt, subject, args.pictures, look(made.pipeline), **facts)
-    print(f"{run.step:,} steps, {run.seconds:.0f} s, peak {run.peak_mb:,.0f} MiB; saved in {folder}")
+    print(f"{run.step:,} steps, {run.seconds:.0f} s, peak {run.peak_mb:,.0f} MB; saved in {folder}")
     tail = f" --start {args.start}" if args.rank and Path(args.start).is_dir() else ""
     print(f'see it with: dm-course sample {folder} --prompt "{prompt}"{tail}')
     print(f"or in the browser: dm-course demo text-to-image --model {folder}")
@@ -353,7 +361,7 @@ def run_dreambooth(
     most = pipeline.scheduler.config.num_train_timesteps
     if not 1 <= args.draw_steps <= most:
         raise ValueError(f"--draw-steps must be 1 to {most}, not {args.draw_steps}")
-    _check_taught(args, rows, prompts)
+    _check_subject(args, rows, prompts)
     args.lr = given["lr"] = args.lr or _usual_rate(pipeline.unet, args.rank)
     size = args.size or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     ours, args.pictures = _stream_of(pipeline, rows, prompts, size), len(rows)

@@ -456,9 +456,9 @@ def _find_labels(names, rows, labels):
 
 # %% ../nbs/kit/03_data.ipynb #b5377696
 def _classes(labels):
-    "Class numbers and class names; whole numbers stay what they are."
+    "Class numbers and class names; whole numbers below 10,000 stay what they are."
     labels = [str(v).strip() for v in labels]
-    whole = all(v.isdecimal() for v in labels)
+    whole = all(v.isdecimal() and int(v) < 10_000 for v in labels)  # a longer one is a date or an id
     names = [str(i) for i in range(max(map(int, labels)) + 1)] if whole else sorted(set(labels))
     number = {name: i for i, name in enumerate(names)}
     return [int(v) if whole else number[v] for v in labels], names

@@ -510,6 +510,6 @@ def export_demo(
         shutil.copytree(model, folder / "model", dirs_exist_ok=True)
     named = ', str(here / "model")' if goes_along else f", {model!r}" if model else ""
     (folder / "app.py").write_text(APP.format(name=name, model=named), encoding="utf-8")
-    (folder / "requirements.txt").write_text("dm-course\n", encoding="utf-8")
+    (folder / "requirements.txt").write_text("dm-course[demos]\n", encoding="utf-8")
     (folder / "README.md").write_text(SPACE.format(title=name.capitalize(), gradio=version), encoding="utf-8")
     return folder

@@ -194,6 +194,7 @@ def class_pictures(
     steps=20,  # of the sampler
     batch_size=8,  # pictures at a time
     generator=None,  # torch.Generator on the CPU for the noise
+    size=None,  # pixels: a number, or (height, width); None: what the pipeline was made for
 ):  # (count, 3, H, W) in [-1, 1], on the CPU; and their prompts, a list
     """Let a model draw what it thinks of a class. Raises ValueError for fewer than one picture, or without a prompt.
 
@@ -205,7 +206,8 @@ def class_pictures(
     prompts, parts = [prompts[i % len(prompts)] for i in range(count)], []
     for i in range(0, count, batch_size):
         few = prompts[i : i + batch_size]
-        parts.append(text_to_image(pipeline, few, scale, steps, generator=generator).clamp(-1, 1).cpu())
+        drawn = text_to_image(pipeline, few, scale, steps, generator=generator, size=size)
+        parts.append(drawn.clamp(-1, 1).cpu())
     return torch.cat(parts), prompts
 
 # %% ../nbs/unit3/33_dreambooth.ipynb #u33loss

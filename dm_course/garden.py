@@ -80,8 +80,8 @@ def attributes(
     split: str = "train",  # one of SPLITS: "test" is fresh pictures of trained combinations, "heldout" unseen ones
 ) -> Attributes:  # the truth of the picture, a pure function of the arguments
     "Draw the attributes of one picture. Raises ValueError for an unknown domain or split."
-    which = [DOMAINS.index(choose(domain, DOMAINS, "domain")), SPLITS.index(choose(split, SPLITS, "split"))]
-    r = np.random.RandomState([*which, seed, index])
+    domain, split = choose(domain, DOMAINS, "domain"), choose(split, SPLITS, "split")
+    r = np.random.RandomState([DOMAINS.index(domain), SPLITS.index(split), seed, index])
     pick = lambda options: options[r.randint(len(options))]  # noqa: E731
     while True:
         colour, pattern, background = pick(COLOURS), pick(PATTERNS), pick(BACKGROUNDS)
@@ -379,12 +379,11 @@ def _flower(layer, a, u, v, r):
 # %% ../nbs/kit/02_garden.ipynb #05049606
 def _check(attributes, size):
     "Refuse what can't be drawn. Raises ValueError."
-    choose(attributes.domain, DOMAINS, "domain")
-    choose(attributes.shape, SHAPES[attributes.domain], "shape")
-    for kind, valid in (("colour", _PALETTE), ("accent", _PALETTE), ("pattern", (*PATTERNS, "moons"))):
-        choose(getattr(attributes, kind), tuple(valid), kind)
-    for kind, valid in (("background", BACKGROUNDS), ("size", tuple(SIZES)), ("pose", tuple(POSES))):
-        choose(getattr(attributes, kind), valid, kind)
+    valid = {"domain": DOMAINS, "colour": tuple(_PALETTE), "accent": tuple(_PALETTE), "pattern": (*PATTERNS, "moons")}
+    valid |= {"background": BACKGROUNDS, "size": tuple(SIZES), "pose": tuple(POSES)}
+    for kind, names in (valid | {"shape": SHAPES.get(attributes.domain, ())}).items():
+        if (given := getattr(attributes, kind)) != (known := choose(given, names, kind)):
+            raise ValueError(f"{kind} is {given!r}; here it must be written {known!r}")
     if not (isinstance(size, int) and 8 <= size <= 2048):
         raise ValueError(f"size is {size!r}; it must be a whole number of pixels from 8 to 2048")
 

@@ -103,7 +103,7 @@ def guided(
     Source: Dhariwal and Nichol 2021 (arXiv 2105.05233), equation 14, with a loss of x̂_0 in place of a classifier."""
     kind = choose(scheduler.config.get("prediction_type", "flow"), PREDICTION_TYPES, "prediction type")
     weight = TIME_SCALES[choose(time_scale, TIME_SCALES, "time scale")]
-    choose(through, ("x0", "unet"), "way to take the slope")
+    through = choose(through, ("x0", "unet"), "way to take the slope")
 
     def steered(x, t):
         a = alpha_bar(scheduler, t, x.ndim).to(x.device)

@@ -167,7 +167,7 @@ def judge_loss(
 
 # %% ../nbs/kit/06_judges.ipynb #42bab38a
 def load_judge(
-    name: str,  # "judge-digits" or "judge-garden"
+    name: str,  # "judge-digits", "judge-garden", "judge-genres" or "judge-spoken-digits"
     device=None,  # a torch.device or its name; None: `pick_device()`
 ) -> Judge:  # trained, in evaluation mode
     """Load a bundled judge. Raises ValueError for an unknown name, and when its weights are damaged."""

@@ -211,12 +211,11 @@ def start_latents(
     """
     number = int(steps * strength)
     if not 0 < strength <= 1 or number < 1:
-        raise ValueError(
-            f"strength is {strength}: it must be above 0, up to 1, and leave at least one of {steps} steps"
-        )
+        raise ValueError(f"strength is {strength}; it lies above 0, up to 1, and leaves at least one of {steps} steps")
     scheduler = copy.deepcopy(pipeline.scheduler)
     _set_timesteps(scheduler, steps, images.device)
     left = scheduler.timesteps[(steps - number) * scheduler.order :]
+    _set_timesteps(scheduler, steps, images.device, len(left))  # `add_noise` of some takes the level of the first step
     z = encode(pipeline.vae, images, generator)
     where = generator.device if generator is not None else z.device
     noise = torch.randn(z.shape, generator=generator, device=where).to(z)
@@ -275,10 +274,13 @@ def paste(
     painted,  # (B, C, H, W): what was made
     mask,  # (H, W), (1, 1, H, W) or (B, 1, H, W) in [0, 1]: 1 takes what was made, 0 leaves what was there, to the bit
 ):  # (B, C, H, W)
-    """Put the painted part into the original. Raises ValueError for a mask of another size."""
+    """Put the painted part into the original. Raises ValueError for a mask of another size or range."""
     if mask.shape[-2:] != images.shape[-2:] or painted.shape[-2:] != images.shape[-2:]:
         sides = ["{} × {}".format(*x.shape[-2:]) for x in (images, painted, mask)]
         raise ValueError("original, painting and mask must be of one size, not {}, {} and {}".format(*sides))
+    low, high = mask.min().item(), mask.max().item()
+    if low < 0 or high > 1:
+        raise ValueError(f"a mask lies in [0, 1], and this one goes from {low:g} to {high:g}")
     mask = mask.to(images)
     return torch.where(mask > 0, mask * painted + (1 - mask) * images, images)
 
@@ -287,7 +289,7 @@ def paste(
 def inpaint(
     pipeline,  # StableDiffusionPipeline
     images,  # (B, 3, H, W) in [-1, 1]
-    mask,  # (H, W), (1, 1, H, W) or (B, 1, H, W), as large as the pictures: above 0 where may be painted
+    mask,  # (H, W), (1, 1, H, W) or (B, 1, H, W), in [0, 1]: above 0 where may be painted
     prompts,  # one text, or a list of B
     scale=4.0,  # guidance scale
     steps=20,  # steps of the scheduler
@@ -295,15 +297,14 @@ def inpaint(
 ):  # (B, 3, H, W): outside of the mask the pictures as they were, to the bit
     """Paint a part of pictures anew.
 
-    Raises ValueError before any sampling: for a mask that is empty or of another size, and for sides that don't divide.
+    Raises ValueError before any sampling: for a mask that is empty, not in [0, 1] or of another size, and for sides
+    that don't divide.
     """
-    if mask.shape[-2:] != images.shape[-2:]:
-        sides = ["{} × {}".format(*x.shape[-2:]) for x in (images, mask)]
-        raise ValueError("pictures of {} need a mask of that size, not of {}".format(*sides))
+    paste(images, images, mask)  # refuses a mask that won't fit
     known = encode(pipeline.vae, images)
     model_fn = inpainting(guided_text(pipeline, prompts, scale), pipeline.scheduler, known, mask)
     noise = latent_noise(pipeline, len(images), generator, tuple(images.shape[-2:]))
-    return paste(images, decode(pipeline.vae, sample(model_fn, pipeline.scheduler, noise, steps)), mask)
+    return paste(images, decode(pipeline.vae, sample(model_fn, pipeline.scheduler, noise, steps, generator)), mask)
 
 # %% ../nbs/unit3/31_stable_diffusion.ipynb #u31shapechannel
 def shape_channel(

@@ -71,8 +71,7 @@ def convert(
     Raises ValueError for an unknown type; from ε at ᾱ = 0 and from x_0 at ᾱ = 1, where no answer exists.
     Source: Salimans and Ho 2022 (arXiv 2202.00512), appendix D.
     """
-    for name in (source, target):
-        choose(name, PREDICTION_TYPES, "prediction type")
+    source, target = (choose(name, PREDICTION_TYPES, "prediction type") for name in (source, target))
     if source == target:
         return prediction
     a, s = _roots(alpha_bar)

@@ -21,7 +21,7 @@ from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
 from .plotting import image_grid, to_pil
-from .settings import choose, measure
+from .settings import CPU, CUDA, choose, measure, pick_device, pick_dtype
 
 # %% ../nbs/kit/05_training.ipynb #d2f7d437
 SCHEDULES, PRECISIONS = ("cosine", "linear", "constant"), ("auto", "fp32", "bf16", "fp16")
@@ -62,11 +62,10 @@ def check_options(
     if "steps" not in options:
         raise ValueError("train needs steps=, the number of optimiser steps")
     made = TrainingOptions(**options)
-    choose(made.schedule, SCHEDULES, "schedule")
-    choose(made.precision, PRECISIONS, "precision")
-    choose(made.optimizer, OPTIMIZERS, "optimizer")
+    for name, valid in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("optimizer", OPTIMIZERS)):
+        setattr(made, name, choose(getattr(made, name), valid, name))
     if made.tracker is not None:
-        choose(made.tracker, TRACKERS, "tracker")
+        made.tracker = choose(made.tracker, TRACKERS, "tracker")
     for name in ("steps", "accumulate"):
         if not (isinstance(getattr(made, name), int) and getattr(made, name) >= 1):
             raise ValueError(f"{name} is {getattr(made, name)!r}; it must be a whole number from 1")
@@ -171,12 +170,13 @@ def pick_precision(
     device: torch.device,  # where the model lives
     precision: str = "auto",  # one of PRECISIONS
 ) -> str:  # "fp32", "bf16" or "fp16"
-    "Resolve `auto`: bf16 where it is native, fp16 on older GPUs. Raises ValueError for an unknown precision."
-    choose(precision, PRECISIONS, "precision")
+    "Resolve `auto`: bf16 where it is native, else fp16 on a GPU. Raises ValueError for an unknown precision."
+    precision = choose(precision, PRECISIONS, "precision")
     if precision != "auto":
         return precision
-    old_gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
-    return "fp16" if old_gpu and device.type == torch.accelerator.current_accelerator().type else "bf16"
+    if pick_dtype(device) == torch.bfloat16:
+        return "bf16"
+    return "fp16" if device.type == CUDA else "fp32"
 
 
 def autocast(
@@ -199,7 +199,7 @@ class TrainingRun:
     learning_rates: list = field(default_factory=list)  # rate of each optimiser step
     step: int = 0  # optimiser steps done
     seconds: float = 0.0  # time spent in optimiser steps, over all sessions of the run
-    peak_mb: float = 0.0  # peak memory of the last session in MiB
+    peak_mb: float = 0.0  # peak memory of the last session, in MB of 10⁶ bytes
 
 
 @dataclass
@@ -278,9 +278,16 @@ def _pieces(loop, data):
         for first in range(0, rows, size):
             piece = {k: v[first : first + size] for k, v in batch.items()}
             piece = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in piece.items()}
-            seed = step_seed(options.seed, loop.run.step, rank, micro * 8 + first // size)
+            seed = step_seed(options.seed, loop.run.step, rank, micro * 64 + first // size)
             last = micro == options.accumulate - 1 and first + size >= rows
             yield piece, min(size, rows - first) / rows / options.accumulate, seed, last
+
+# %% ../nbs/kit/05_training.ipynb #05badone
+def _bad_one(loop, loss_fn, piece, seed):
+    "Name the first bad tensor of a piece, computed again just as it was."
+    torch.manual_seed(seed)
+    with autocast(loop.accelerator.device, loop.options.precision):
+        return first_bad_tensor(loop.run.model, loss_fn, piece)
 
 # %% ../nbs/kit/05_training.ipynb #29582e4e
 def _gradients(loop, loss_fn, data):
@@ -292,9 +299,7 @@ def _gradients(loop, loss_fn, data):
             with autocast(loop.accelerator.device, loop.options.precision):
                 loss = loss_fn(loop.wrapped, piece) * share
             if not torch.isfinite(loss):
-                raise ValueError(
-                    f"step {loop.run.step}: {first_bad_tensor(loop.run.model, loss_fn, piece)} is not finite"
-                )
+                raise ValueError(f"step {loop.run.step}: {_bad_one(loop, loss_fn, piece, seed)} is not finite")
             loop.scaler.scale(loss).backward()
         total += loss.detach()
     return loop.accelerator.reduce(total, "mean").item()
@@ -310,7 +315,7 @@ def _fit_gradients(loop, loss_fn, data):
                 raise
         loop.splits *= 2
         loop.optimizer.zero_grad(set_to_none=True)
-        print(f"out of memory: each batch is now cut into {loop.splits} pieces, with the same gradient")
+        print(f"out of memory: each batch is now cut into {loop.splits} pieces")
 
 # %% ../nbs/kit/05_training.ipynb #259c8380
 def _step(loop, loss_fn, data):
@@ -388,10 +393,19 @@ def new_optimizer(
         return Muon(parameters, lr=options.lr, weight_decay=options.weight_decay, fallback_lr_scale=0.3)
     return torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay)
 
+# %% ../nbs/kit/05_training.ipynb #05accelerator
+def _accelerator(options):
+    "Accelerate on the device of the settings, which `DM_COURSE_DEVICE` may name."
+    device = pick_device()
+    if device.type == CUDA:
+        torch.cuda.set_device(device)
+    folder = options.out and str(options.out)
+    return Accelerator(cpu=device.type == CPU, log_with=options.tracker, project_dir=folder)
+
 # %% ../nbs/kit/05_training.ipynb #6ad3e892
 def _prepare(model, options):
     "Make the loop's state: accelerate, optimiser, scaler, average, and what a checkpoint holds."
-    accelerator = Accelerator(log_with=options.tracker, project_dir=options.out and str(options.out))
+    accelerator = _accelerator(options)
     model.to(accelerator.device).train()
     if any(p.dtype != torch.float32 for p in model.parameters() if p.requires_grad):
         model.float()  # trainable weights are always float32: half-precision gradients can't be unscaled

@@ -400,6 +400,8 @@ def open_pipeline(
         pipeline = _from_elsewhere(DDPMPipeline, name, at_hand or not online())
     if not isinstance(pipeline, DDPMPipeline) or not isinstance(pipeline.unet, UNet2DModel):
         raise ValueError(f"{name} is a {type(getattr(pipeline, 'unet', pipeline)).__name__}: no unconditional pipeline")
+    if pipeline.unet.config.get("num_class_embeds") or pipeline.unet.config.get("class_embed_type"):
+        raise ValueError(f"{name} wants a class with each picture; its card shows how to draw with it in Python")
     pipeline.unet.float().eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device if device is not None else pick_device())

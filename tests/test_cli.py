@@ -35,6 +35,19 @@ def test_train_on_own_folder(tmp_path, mode, channels):
     assert main([*args, "--out", str(tmp_path / "run")]) == 0
 
 
+def test_other_data_do_not_go_on_from_the_last_run(tmp_path, capsys):
+    words = ["train", *TINY, "--size", "16", "--out", str(tmp_path)]
+    assert main(words) == 0 and main(words) == 0  # the same again: nothing is left to do
+    assert main([*words, "--data", "flowers"]) == 2 and "has other data" in capsys.readouterr().err
+    assert main([*words, "--data", "flowers", "--no-resume"]) == 0
+
+
+def test_a_tracker_that_is_not_there_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("dm_course.cli.find_spec", lambda name: None)
+    assert main(["train", *TINY, "--tracker", "wandb", "--out", str(tmp_path)]) == 2
+    assert "wandb is not installed" in capsys.readouterr().err
+
+
 def test_ema_zero_means_none(tmp_path):
     assert main(["train", *TINY, "--ema", "0", "--out", str(tmp_path)]) == 0
 
@@ -43,6 +56,7 @@ def test_ema_zero_means_none(tmp_path):
     "argv,words",
     [
         (["sample", "butterfly-32"], "butterflies-32"),
+        (["sample", "loops"], "loops wants a class with each picture"),
         (["sample", "--steps", "0"], "--steps"),
         (["sample", "--count", "0"], "--count"),
         (["train", "--data", "buterflies"], "butterflies"),

@@ -393,6 +393,13 @@ def test_labels_from_sub_folders(tmp_path, capsys):
         folder_data(tmp_path, labels="folders")
 
 
+def test_folders_named_by_dates_are_two_classes(tmp_path):
+    for name in ("20240131", "20240201"):
+        fill(tmp_path / name, 1)
+    rows = folder_data(tmp_path)
+    assert rows.features["label"].names == ["20240131", "20240201"] and list(rows["label"]) == [0, 1]
+
+
 def test_labels_and_captions_from_a_dict(tmp_path):
     fill(tmp_path, 3)
     rows = folder_data(tmp_path, labels={"0.png": 2, "2.png": 0, "1.png": 0}, captions="a photo")

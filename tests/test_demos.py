@@ -175,7 +175,7 @@ def test_an_exported_demo_is_a_space_that_starts(tmp_path):
     assert (
         facts["sdk"] == "gradio"
         and facts["app_file"] == "app.py"
-        and "dm-course" in (folder / "requirements.txt").read_text()
+        and (folder / "requirements.txt").read_text() == "dm-course[demos]\n"
     )
     found = runpy.run_path(str(folder / "app.py"))["demo"]
     assert found.title == "Guidance"

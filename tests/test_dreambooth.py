@@ -262,6 +262,7 @@ def test_class_pictures_are_the_models_own(pipeline):
     assert prompts == ["a moth", "a butterfly", "a moth", "a butterfly", "a moth"]
     first = text_to_image(pipeline, prompts[:2], 1.0, 2, generator=torch.Generator().manual_seed(2)).clamp(-1, 1)
     assert torch.allclose(pictures[:2], first, atol=1e-5)
+    assert class_pictures(pipeline, "a moth", 1, 1.0, 1, size=16)[0].shape == (1, 3, 16, 16)
     for wrong in (("a moth", 0), ([], 2)):
         with pytest.raises(ValueError, match="nothing to preserve"):
             class_pictures(pipeline, *wrong)
@@ -602,6 +603,12 @@ def test_another_subject_does_not_go_on_from_the_last(saved, pictures, tmp_path,
     Image.new("RGB", (40, 40), "red").save(pictures / "0.png")
     assert cli.main(words) == 2 and "has other pictures" in capsys.readouterr().err
     assert cli.main([*words, "--no-resume"]) == 0
+
+
+def test_the_class_is_drawn_as_large_as_the_subject(saved, pictures, tmp_path):
+    words = ["dreambooth", str(pictures), "--start", str(saved[0] / "start"), "--noun", "butterfly", "--steps", "1"]
+    words += ["--class-count", "2", "--draw-steps", "1", "--size", "16", "--tracker", "none"]
+    assert cli.main([*words, "--out", str(tmp_path / "run")]) == 0
 
 
 def test_one_picture_or_none_is_too_few(saved, pictures, capsys):

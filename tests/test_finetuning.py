@@ -290,6 +290,7 @@ def test_open_pipeline_opens_folders_and_bundled_models(tmp_path):
     ("name", "words"),
     [
         ("butterfly-32", "butterflies-32"),
+        ("digits-28", "digits-28 wants a class with each picture"),
         ("judge-garden", "ResNetForImageClassification: no unconditional pipeline"),
         ("nobody/nothing", "the Hub does not answer"),
     ],

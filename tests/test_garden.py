@@ -140,6 +140,12 @@ def test_captions_are_true_and_varied():
     assert len({caption(attributes(0, 0), p) for p in range(len(PHRASINGS))}) == len(PHRASINGS)
 
 
+def test_names_count_however_they_are_written():
+    assert attributes(0, 3, "Flowers", "HELDOUT") == attributes(0, 3, "flowers", "heldout")
+    with pytest.raises(ValueError, match="must be written 'red'"):
+        draw(replace(attributes(0, 0), colour="Red"))
+
+
 def test_wrong_requests_are_explained():
     a = attributes(0, 0)
     with pytest.raises(ValueError, match="butterflies"):

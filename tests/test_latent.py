@@ -10,6 +10,8 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
     StableDiffusionDepth2ImgPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionUpscalePipeline,
@@ -215,6 +217,22 @@ def test_image_to_image_is_the_pipeline_to_the_bit(pipeline, strength):
     assert torch.allclose(people(decode(pipeline.vae, z)), theirs, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [EulerDiscreteScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler])
+@pytest.mark.filterwarnings("ignore:.*__array.*:DeprecationWarning")
+def test_image_to_image_begins_at_the_noise_of_its_first_step(pipeline, kind, monkeypatch):
+    scheduler = kind.from_config(pipeline.scheduler.config)
+    monkeypatch.setattr(pipeline, "scheduler", scheduler)
+    z = latent.encode(pipeline.vae, images := normal(2, 3, 32, 32).clamp(-1, 1))
+    monkeypatch.setattr(latent, "encode", lambda *a: z)
+    x, left = start_latents(pipeline, images, 0.4, 10, generator(6))
+    scheduler.set_timesteps(10)
+    scheduler.set_begin_index(6 * scheduler.order)
+    assert torch.equal(left, scheduler.timesteps[6 * scheduler.order :])
+    assert torch.allclose(x, scheduler.add_noise(z, normal(*z.shape, seed=6), left[:1].repeat(2)))
+    found = sample(oracle(z, scheduler), scheduler, x, 10, timesteps=left)
+    assert torch.allclose(found, z, atol=0.05)  # from another noise level the known answer is not reached
+
+
 @pytest.mark.parametrize("strength", [0, -1, 1.2, 0.1])
 def test_strengths_that_can_not_be_are_refused(pipeline, strength):
     with pytest.raises(ValueError, match="strength is"):
@@ -369,7 +387,11 @@ def test_small_pictures_beside_the_latent_are_the_upscale_pipeline(pipeline):
     assert decode(upscale.vae, z).shape == (2, 3, 32, 32) == F.interpolate(small, scale_factor=4).shape
 
 
-@pytest.mark.parametrize("wrong", [torch.ones(1, 1, 16, 16), torch.zeros(1, 1, 32, 32), torch.ones(32, 30)])
+MASKS = [torch.ones(1, 1, 16, 16), torch.zeros(1, 1, 32, 32), torch.ones(32, 30)]
+MASKS += [torch.full((32, 32), 255, dtype=torch.uint8), -torch.ones(32, 32)]
+
+
+@pytest.mark.parametrize("wrong", MASKS)
 def test_inpaint_refuses_a_mask_before_any_work(pipeline, wrong, monkeypatch):
     monkeypatch.setattr(latent, "sample", lambda *a, **k: pytest.fail("it sampled"))
     with pytest.raises(ValueError, match="mask"):
@@ -382,6 +404,16 @@ def test_inpaint_leaves_the_outside_to_the_bit(pipeline):
     made = latent.inpaint(pipeline, images, hole, PROMPTS, steps=2, generator=generator())
     where = (hole > 0).expand_as(images)
     assert torch.equal(made[~where], images[~where]) and not torch.equal(made[where], images[where])
+
+
+def test_inpaint_is_repeatable_with_a_sampler_that_draws(pipeline, monkeypatch):
+    monkeypatch.setattr(pipeline, "scheduler", DDPMScheduler.from_config(pipeline.scheduler.config))
+    options = dict(prompts=PROMPTS[0], steps=3)
+    made = [
+        latent.inpaint(pipeline, torch.zeros(1, 3, 32, 32), torch.ones(32, 32), generator=generator(1), **options)
+        for _ in range(2)
+    ]
+    assert torch.equal(*made)
 
 
 # Exercises

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import nn
 
+from dm_course import training
 from dm_course.training import (
     TrainingOptions,
     check_options,
     first_bad_tensor,
     learning_rate,
     new_optimizer,
+    pick_precision,
     predict_memory,
     step_seed,
     train,
@@ -114,6 +116,56 @@ def test_accumulation_is_one_large_batch():
     assert len(small.losses) == 6
     assert torch.allclose(weights(large), weights(small), atol=1e-6)
     assert large.losses == pytest.approx(small.losses, rel=1e-5)
+
+
+def test_pieces_of_cut_batches_never_share_their_noise(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(training, "step_seed", lambda *a: seeds.append(a) or 0)
+    loop = training._prepare(small_net(), check_options(steps=1, accumulate=2))
+    loop.splits = 64
+    assert len(list(training._pieces(loop, Points(64)))) == 128 == len(set(seeds))
+
+
+@pytest.mark.parametrize("written", ["Muon", "MUON"])
+def test_names_count_however_they_are_written(written):
+    options = check_options(steps=1, optimizer=written, precision="FP32", schedule="Cosine")
+    assert (options.optimizer, options.precision, options.schedule) == ("muon", "fp32", "cosine")
+    assert pick_precision(torch.device("cpu"), "BF16") == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("device", "native", "found"),
+    [
+        ("cpu", True, "bf16"),
+        ("cpu", False, "fp32"),
+        ("mps", False, "fp32"),
+        ("cuda", False, "fp16"),
+        ("cuda", True, "bf16"),
+    ],
+)
+def test_auto_takes_bf16_only_where_it_is_native(device, native, found, monkeypatch):
+    monkeypatch.setattr(training, "pick_dtype", lambda d: torch.bfloat16 if native else torch.float32)
+    assert pick_precision(torch.device(device)) == found
+
+
+@pytest.mark.gpu
+def test_training_stays_on_the_device_of_the_settings(monkeypatch):
+    monkeypatch.setenv("DM_COURSE_DEVICE", "cpu")
+    run = train(small_net(), plain_loss, Points(), steps=1, **QUIET)
+    assert next(run.model.parameters()).device.type == "cpu"
+
+
+def test_a_bad_tensor_is_sought_in_the_run_that_failed():
+    """A layer that overflows in half of its draws: the message names it, with the noise that made it fail."""
+
+    class Moody(nn.Module):
+        def forward(self, x):
+            return x * (torch.inf if torch.rand(()) < 0.5 else 1.0)
+
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), Moody())
+    for seed in range(8):
+        with pytest.raises(ValueError, match="output of 1 is not finite"):
+            train(net, plain_loss, Points(), steps=40, seed=seed, precision="fp32", **QUIET)
 
 
 def test_batch_that_does_not_fit_is_cut_with_the_same_gradient(capsys):

@@ -77,11 +77,11 @@ class Lesson(NotebookClient):
         except CellTimeoutError:
             self.fails(f"took longer than {CELL_SECONDS} s")
         except DeadKernelError:
-            self.fails(f"the kernel died (it held up to {self.peak / 2**20:,.0f} MB: is there enough memory?)")
+            self.fails(f"the kernel died (it held up to {self.peak / 1e6:,.0f} MB: is there enough memory?)")
         finally:
             stop.set()
             watcher.join()
-        return time.perf_counter() - start, self.peak / 2**20
+        return time.perf_counter() - start, self.peak / 1e6
 
     def fails(self, what, traceback=""):
         """Stop with the lesson, the cell and the error."""
@@ -204,7 +204,8 @@ def main():
             shown = pictures(lesson.nb, out / "pictures" / path.stem)
             results.append(facts | {"measured": measured(lesson.nb), "pictures": shown})
             tqdm.write(f"{path.stem}: {seconds / 60:.1f} minutes, peak memory {peak:,.0f} MB")
-    (out / "index.html").write_text(index(results, time.perf_counter() - start), encoding="utf-8")
+            # after each lesson, so that one that fails leaves the pages of those before it
+            (out / "index.html").write_text(index(results, time.perf_counter() - start), encoding="utf-8")
     print(out / "index.html")
 
 
