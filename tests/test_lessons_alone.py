@@ -143,6 +143,7 @@ def test_a_lesson_runs_alone_against_the_wheel(path, site, tmp_path, capsys):
     env = {k: v for k, v in os.environ.items() if not k.startswith(("DM_COURSE_", "MPLBACKEND", "PYTEST"))}
     env |= {"PYTHONPATH": str(site), "DM_COURSE_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hub")}
     lesson = course.Lesson(nb, path.stem, alone, tqdm(disable=True))
+    lesson.timeout = int(SECONDS)  # so that a cell that hangs is named
     try:
         seconds, peak = lesson.run(env)
     except SystemExit as stopped:

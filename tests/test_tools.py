@@ -4,6 +4,7 @@ import base64
 import io
 import subprocess
 import sys
+import time
 
 import course
 import find_secrets
@@ -11,6 +12,7 @@ import links
 import notebooks
 import pytest
 import readme
+from nbclient.output_widget import OutputWidget
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from notebooks import NBS, ROOT
 from PIL import Image
@@ -54,6 +56,26 @@ def test_a_lesson_is_timed_and_a_failing_cell_is_named(tmp_path):
     failing = [new_markdown_cell("## The loop"), new_code_cell("1 / 0", id="bad-one")]
     run = course.Lesson(new_notebook(cells=failing), "11_x", tmp_path, tqdm(disable=True))
     with pytest.raises(SystemExit, match="11_x stopped in cell 1 .id bad-one, under 'The loop'.:\nZeroDivisionError"):
+        run.run()
+
+
+def test_a_lesson_with_widgets_goes_on_at_once_and_shows_their_pictures(tmp_path, monkeypatch):
+    # nbclient's own Output widgets wait here for a reply that they have overlooked; slow ones do so each time
+    send = OutputWidget.send
+    monkeypatch.setattr(OutputWidget, "send", lambda *args, **more: (time.sleep(0.05), send(*args, **more)))
+    begin = new_code_cell("from ipywidgets import interact\nfrom PIL import Image\nfrom IPython.display import display")
+    turn = [new_code_cell("interact(lambda size: display(Image.new('RGB', (size, size))), size=9);") for _ in range(3)]
+    run = course.Lesson(new_notebook(cells=[begin, *turn]), "11_x", tmp_path, tqdm(disable=True))
+    run.timeout = 20
+    run.run()
+    assert max(run.cell_seconds[i] for i in (1, 2, 3)) < 15
+    assert len(course.pictures(run.nb, tmp_path / "pictures")) == 3
+
+
+def test_a_cell_that_hangs_is_named(tmp_path):
+    run = course.Lesson(new_notebook(cells=[new_code_cell("while True: pass")]), "11_x", tmp_path, tqdm(disable=True))
+    run.timeout = 2
+    with pytest.raises(SystemExit, match="11_x stopped in cell 0.*\n.*longer than 2 s"):
         run.run()
 
 

@@ -40,6 +40,9 @@ class Lesson(NotebookClient):
             on_cell_start=self.starts,
             on_cell_executed=self.ends,
         )
+        # nbclient's own Output widgets write to the socket on which it waits for the kernel's reply, and the reply can be
+        # overlooked until the cell times out (its issue 312). Without them a widget's picture stands below the widget.
+        self.widget_registry = {}
         self.name, self.bar, self.at, self.peak, self.started, self.cell_seconds = name, bar, 0, 0, 0.0, {}
 
     def starts(self, cell, cell_index):
@@ -75,7 +78,7 @@ class Lesson(NotebookClient):
         except CellExecutionError as error:
             self.fails(f"{error.ename}: {error.evalue}", error.traceback)
         except CellTimeoutError:
-            self.fails(f"took longer than {CELL_SECONDS} s")
+            self.fails(f"took longer than {self.timeout} s")
         except DeadKernelError:
             self.fails(f"the kernel died (it held up to {self.peak / 1e6:,.0f} MB: is there enough memory?)")
         finally:
