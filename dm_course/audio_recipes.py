@@ -35,7 +35,7 @@ from dm_course.audio import (
 # %% ../nbs/kit/94_audio_recipes.ipynb #94imports2
 from .conditioning import class_loss
 from .judges import accuracy, judge_loss, load_judge, new_judge, score
-from .recipes import JudgeBatches, digits_scheduler, roughen, save_bundled
+from .recipes import JudgeBatches, cosine_scheduler, roughen, save_bundled
 from .training import autocast, train
 
 # %% ../nbs/kit/94_audio_recipes.ipynb #90audiounet
@@ -226,7 +226,7 @@ def grade_sounds(
 # %% ../nbs/kit/94_audio_recipes.ipynb #90audiotrainsounds
 def _train_sounds(name, unet, batches, mel, asked, real, steps, seed, checkpoints, out, data):
     "Train a model of sounds, grade it, and save it where a folder is given."
-    classes, scheduler = unet.class_embedding.num_embeddings - 1, digits_scheduler()
+    classes, scheduler = unet.class_embedding.num_embeddings - 1, cosine_scheduler()
 
     def sample_fn(model):
         return draw_sounds(DDPMPipeline(model, scheduler), asked[:10], steps=10)

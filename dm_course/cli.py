@@ -39,7 +39,7 @@ from dm_course.dreambooth import (
 from .finetuning import at_size, check_start, finetune, save_finetuned
 from .latent import text_to_image
 from .plotting import image_grid
-from .recipes import RECIPES, butterflies_scheduler, draw_samples, new_unet, train_bundled
+from .recipes import RECIPES, cosine_scheduler, draw_samples, new_unet, train_bundled
 from .sampling import diffusion_loss
 from .settings import cache_dir, data_dir, offline, online, pick_device, usable_cores
 from .training import OPTIMIZERS, PRECISIONS, TRACKERS, TrainingOptions, check_options, predict_memory, train
@@ -137,7 +137,7 @@ def run_train(
 ) -> None:  # prints what it does and where the result lies
     "Train a diffusion model on a dataset and save it as a pipeline."
     args.tracker = _tracker(args.tracker)
-    unet, scheduler = new_unet(args.size, args.channels, tuple(args.widths), seed=args.seed), butterflies_scheduler()
+    unet, scheduler = new_unet(args.size, args.channels, tuple(args.widths), seed=args.seed), cosine_scheduler()
     given = {f.name: getattr(args, f.name) for f in fields(TrainingOptions) if hasattr(args, f.name)}
     check_options(**given)  # a mistake should show before the data is read
     _check_taught(args, "data count size channels widths batch_size")

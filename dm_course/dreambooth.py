@@ -32,8 +32,8 @@ from .garden import attributes, caption
 from .garden import draw as draw_truth
 from .latent import embed_prompt, encode, text_to_image
 from .plotting import image_grid
-from .sampling import PREDICTION_TYPES, alpha_bar
-from .settings import choose, online, pick_device, tried, verdict
+from .sampling import alpha_bar, noised, prediction_type
+from .settings import online, pick_device, tried, verdict
 from .training import TrainingRun, train
 from .zoo import _from_elsewhere, forget_paths, load, models, quietly, write_card
 
@@ -220,16 +220,14 @@ def dreambooth_loss(
     Raises ValueError for a prediction type that is not in PREDICTION_TYPES.
     Source: Ruiz et al. 2022 (arXiv 2208.12242), equation 2.
     """
-    target = choose(scheduler.config.get("prediction_type", "flow"), PREDICTION_TYPES, "prediction type")
+    prediction_type(scheduler)  # an unknown one should show here, not in the first step
 
     def loss_fn(model, batch):
         names = [name for name in ("", "prior_") if f"{name}latents" in batch]
         z, tokens = (torch.cat([batch[name + key] for name in names]) for key in ("latents", "tokens"))
         t = torch.randint(0, scheduler.config.num_train_timesteps, (len(z),), device=z.device)
-        epsilon, a = torch.randn_like(z), alpha_bar(scheduler, t)
-        said = model(a.sqrt() * z + (1 - a).sqrt() * epsilon, t, tokens).float()
-        truth = {"epsilon": epsilon, "v_prediction": a.sqrt() * epsilon - (1 - a).sqrt() * z, "sample": z}[target]
-        losses = (said - truth).square().flatten(1).mean(1)
+        z_t, truth = noised(scheduler, z, t, torch.randn_like(z))
+        losses = (model(z_t, t, tokens).float() - truth).square().flatten(1).mean(1)
         means = [part.mean() for part in losses.split([len(batch[f"{name}latents"]) for name in names])]
         return means[0] + prior_weight * means[1] if len(means) > 1 else means[0]
 

@@ -18,8 +18,8 @@ from diffusers import DDIMScheduler, DDPMPipeline
 from torch import nn
 
 from .plotting import image_grid
-from .sampling import PREDICTION_TYPES, alpha_bar, denoiser, diffusion_loss, sample
-from .settings import choose, tried, verdict
+from .sampling import alpha_bar, denoiser, diffusion_loss, noised, prediction_type, sample
+from .settings import tried, verdict
 from .training import TrainingRun, train
 from .zoo import forget_paths, quietly, write_card
 
@@ -36,14 +36,12 @@ def even_loss(
 
     Raises ValueError for a prediction type that is not in PREDICTION_TYPES.
     """
-    target = choose(scheduler.config.get("prediction_type", "flow"), PREDICTION_TYPES, "prediction type")
     n, errors = len(images), []
     every_t = ((torch.arange(n) + 0.5) * scheduler.config.num_train_timesteps / n).long()
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
     for x0, t, epsilon in zip(*(x.to(images.device).split(batch_size) for x in (images, every_t, noise))):
-        a, s = alpha_bar(scheduler, t, x0.ndim).sqrt(), (1 - alpha_bar(scheduler, t, x0.ndim)).sqrt()
-        truth = {"epsilon": epsilon, "v_prediction": a * epsilon - s * x0, "sample": x0}[target]
-        errors.append((model_fn(a * x0 + s * epsilon, t).float() - truth).square().flatten(1).mean(1))
+        x_t, truth = noised(scheduler, x0, t, epsilon)
+        errors.append((model_fn(x_t, t).float() - truth).square().flatten(1).mean(1))
     return torch.cat(errors).mean().item()
 
 # %% ../nbs/unit2/21_finetuning.ipynb #u21checkstart
@@ -55,7 +53,7 @@ def check_start(
 
     Raises ValueError that says what does not fit: channels, size, labels, a predicted variance, the scheduler."""
     config, given = pipeline.unet.config, tuple(images.shape[1:])
-    choose(pipeline.scheduler.config.get("prediction_type", "flow"), PREDICTION_TYPES, "prediction type")
+    prediction_type(pipeline.scheduler)
     alpha_bar(pipeline.scheduler, 0)
     if config.get("num_class_embeds") or config.get("class_embed_type"):
         raise ValueError("this model wants a class with each picture: train it as in lesson 23")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .garden import COLOURS, Attributes, draw, mask
-from .sampling import PREDICTION_TYPES, alpha_bar, convert
+from .sampling import PREDICTION_TYPES, alpha_bar, convert, prediction_type
 from .settings import choose, tried, verdict
 
 # %% ../nbs/unit2/22_guidance.ipynb #u22wing
@@ -101,7 +101,7 @@ def guided(
 
     Raises ValueError for an unknown way or time scale, and for a loss that is not one number a picture.
     Source: Dhariwal and Nichol 2021 (arXiv 2105.05233), equation 14, with a loss of x̂_0 in place of a classifier."""
-    kind = choose(scheduler.config.get("prediction_type", "flow"), PREDICTION_TYPES, "prediction type")
+    kind = prediction_type(scheduler)
     weight = TIME_SCALES[choose(time_scale, TIME_SCALES, "time scale")]
     through = choose(through, ("x0", "unet"), "way to take the slope")
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .conditioning import cfg
 from .garden import COLOURS
 from .latent import embed_prompt, encode, text_denoiser
-from .sampling import PREDICTION_TYPES, convert, denoiser
+from .sampling import convert, denoiser, prediction_type
 from .settings import choose, tried, verdict
 
 # %% ../nbs/unit4/41_ddim_inversion.ipynb #u41recoloured
@@ -158,7 +158,7 @@ def invert(
     Raises ValueError for steps or rounds that can't be, for x0 of integers, for an unknown prediction type, for a model
     of x_0 in the usual way from ᾱ = 1, and for the exact step of 90°.
     Source: Song et al. 2020 (arXiv 2010.02502), section 4.3; the exact step: Pan et al. 2023 (arXiv 2309.04907)."""
-    kind = choose(scheduler.config.get("prediction_type", "flow"), PREDICTION_TYPES, "prediction type")
+    kind = prediction_type(scheduler)
     timesteps, levels = timestep_grid(scheduler, steps)
     if not torch.is_floating_point(x0) or rounds != int(rounds) or rounds < 0:
         raise ValueError(f"x0 must be floats and rounds a whole number from 0, not {x0.dtype} and {rounds}")

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from .conditioning import cfg
-from .sampling import PREDICTION_TYPES, _set_timesteps, alpha_bar, convert, denoiser, sample
-from .settings import choose, tried, verdict
+from .sampling import _set_timesteps, alpha_bar, convert, denoiser, prediction_type, sample
+from .settings import tried, verdict
 
 # %% ../nbs/unit3/31_stable_diffusion.ipynb #u31psnr
 def psnr(
@@ -256,7 +256,7 @@ def inpainting(
     Raises ValueError for a mask that is empty, or of another size.
     Source: Lugmayr et al. 2022 (arXiv 2201.09865), equation 8, said of the clean picture instead of the noisy one.
     """
-    kind = choose(scheduler.config.get("prediction_type", "flow"), PREDICTION_TYPES, "prediction type")
+    kind = prediction_type(scheduler)
     hole = latent_mask(mask, known)
 
     def kept(x, t):

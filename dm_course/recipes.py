@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['BUTTERFLIES', 'BUTTERFLIES_CARD', 'DIGITS_SCALE', 'CLASS_DIGITS_CARD', 'CLASS_DIGITS_FACTS', 'JUDGE_DOMAINS',
            'GARDEN_GROUPS', 'DIGITS_TEXT', 'DIGITS_CARD', 'GARDEN_TEXT', 'GARDEN_CARD', 'CLIP_CONFIG',
-           'CLIP_PREPROCESS', 'CLIP_FACTS', 'CLIP_TEXT', 'RECIPES', 'new_unet', 'butterflies_scheduler', 'draw_samples',
+           'CLIP_PREPROCESS', 'CLIP_FACTS', 'CLIP_TEXT', 'RECIPES', 'new_unet', 'cosine_scheduler', 'draw_samples',
            'nearest_distance', 'grade_butterflies', 'butterflies_samples', 'train_butterflies', 'save_bundled',
-           'digits_scheduler', 'digits_unet', 'draw_digits', 'grade_digits', 'digits_samples', 'train_digits', 'warp',
-           'roughen', 'JudgeBatches', 'change_digits', 'recolour', 'change_garden', 'pixels', 'digits_for_judge',
+           'digits_unet', 'draw_digits', 'grade_digits', 'digits_samples', 'train_digits', 'warp', 'roughen',
+           'JudgeBatches', 'change_digits', 'recolour', 'change_garden', 'pixels', 'digits_for_judge',
            'train_judge_digits', 'garden_for_judge', 'train_judge_garden', 'new_clip', 'row_attributes', 'all_captions',
            'captioned_garden', 'change_captioned', 'contrastive_loss', 'right_among', 'grade_clip', 'ClipFolder',
            'forget_unread', 'train_garden_clip', 'train_bundled']
@@ -76,8 +76,8 @@ def new_unet(
 BUTTERFLIES = 16384  # training pictures
 
 
-def butterflies_scheduler() -> DDPMScheduler:  # T = 1000, cosine schedule, v-prediction
-    "The noise schedule that `butterflies-32` is trained on."
+def cosine_scheduler() -> DDPMScheduler:  # T = 1000, cosine schedule, v-prediction
+    "The noise schedule of the models that learn pixels, digits and spectrograms."
     return DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
 
 
@@ -159,7 +159,7 @@ def butterflies_samples(
     unet: UNet2DModel,  # in training
 ) -> torch.Tensor:  # (16, 3, 32, 32) in [-1, 1], from the same noise each time
     "Sixteen samples at 20 steps, to look at on the way."
-    return draw_samples(DDPMPipeline(unet, butterflies_scheduler()), 16, steps=20)
+    return draw_samples(DDPMPipeline(unet, cosine_scheduler()), 16, steps=20)
 
 # %% ../nbs/kit/90_recipes.ipynb #f1fa3b6b
 def train_butterflies(
@@ -171,7 +171,7 @@ def train_butterflies(
     graded: int = 1000,  # samples to grade
 ):  # (pipeline, measured figures)
     "Train `butterflies-32` from nothing, and grade it."
-    scheduler = butterflies_scheduler()
+    scheduler = cosine_scheduler()
     data = Batches(load_data("butterflies", "train", count=count, size=32), batch_size=32, seed=seed)
     run = train(
         new_unet(widths=(64, 128, 128), seed=seed), diffusion_loss(scheduler), data, butterflies_samples, steps=steps,
@@ -221,11 +221,6 @@ def save_bundled(
     return folder
 
 # %% ../nbs/kit/90_recipes.ipynb #90digits28scheduler
-def digits_scheduler() -> DDPMScheduler:  # T = 1000, cosine schedule, v-prediction
-    "The noise schedule that `digits-28` is trained on."
-    return DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
-
-
 def digits_unet(
     widths: tuple[int, ...] = (32, 64, 128),  # channels of the levels
     seed: int = 0,  # of the first weights
@@ -319,7 +314,7 @@ def digits_samples(
     unet: UNet2DModel,  # in training
 ) -> torch.Tensor:  # (20, 1, 28, 28) in [-1, 1], from the same noise each time
     "Two samples of each digit at 10 steps, to look at on the way."
-    return draw_digits(DDPMPipeline(unet, digits_scheduler()), torch.arange(20) % 10, steps=10)
+    return draw_digits(DDPMPipeline(unet, cosine_scheduler()), torch.arange(20) % 10, steps=10)
 
 # %% ../nbs/kit/90_recipes.ipynb #90digits28train
 def train_digits(
@@ -333,13 +328,13 @@ def train_digits(
     widths: tuple[int, ...] = (32, 64, 128),  # channels of the levels
 ):  # (pipeline, measured figures)
     "Train `digits-28` from nothing, and grade it. Raises ValueError where MNIST can't be had."
-    batches, loss_fn = Batches(load_data(data, count=count), 64, channels=1, seed=seed), class_loss(digits_scheduler())
+    batches, loss_fn = Batches(load_data(data, count=count), 64, channels=1, seed=seed), class_loss(cosine_scheduler())
     # channels_last=False: with 32 channels the plain layout takes 15% less time on a CPU.
     run = train(
         digits_unet(widths, seed), loss_fn, batches, digits_samples, steps=steps, optimizer="muon", lr=3e-3, warmup=200,
         ema=0.999, channels_last=False, seed=seed, out=checkpoints, save_every=250, sample_every=500,
     )  # fmt: skip
-    pipeline = DDPMPipeline(run.model, digits_scheduler())
+    pipeline = DDPMPipeline(run.model, cosine_scheduler())
     measured = grade_digits(pipeline, graded)
     if out:
         facts = CLASS_DIGITS_FACTS | {"data": f"{len(batches.dataset):,} training pictures of {data}"}

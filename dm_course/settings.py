@@ -240,6 +240,9 @@ class Measurement:
     def __repr__(self):
         return f"{self.seconds:.1f} s, {self.peak_mb:,.0f} MB at most"
 
+# %% ../nbs/kit/00_settings.ipynb #00earlierpeaks
+_earlier_peaks = {}  # of each GPU: the highest before `measure` last set torch's count back, in bytes
+
 # %% ../nbs/kit/00_settings.ipynb #20022b9d
 def memory_used(
     device: torch.device,  # whose memory to ask about; on a CPU, the whole process's
@@ -257,7 +260,7 @@ def peak_memory(
 ) -> float:  # in MB of 10⁶ bytes; 0 where the system keeps no such count
     """The most memory that was ever in use, as far as the system remembers."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
+        return max(_earlier_peaks.get(device, 0), torch.cuda.max_memory_allocated(device)) / 1e6
     if device.type == "mps" or sys.platform == "win32":
         return 0.0
     import resource
@@ -287,6 +290,7 @@ def measure(
     device = torch.device(device) if device is not None else pick_device()
     sync(device)
     if device.type == "cuda":
+        _earlier_peaks[device] = max(_earlier_peaks.get(device, 0), torch.cuda.max_memory_allocated(device))
         torch.cuda.reset_peak_memory_stats(device)
     before, done, cost = peak_memory(device), threading.Event(), Measurement()
     watcher = threading.Thread(target=watch_memory, args=(device, cost, done), daemon=True)
@@ -298,8 +302,9 @@ def measure(
         cost.stopped = time.perf_counter()
         done.set()
         watcher.join()
-        after = peak_memory(device)
-        if after > before or device.type == "cuda":
+        if device.type == "cuda":
+            cost.peak_mb = max(cost.peak_mb, torch.cuda.max_memory_allocated(device) / 1e6)
+        elif (after := peak_memory(device)) > before:
             cost.peak_mb = max(cost.peak_mb, after)
 
 # %% ../nbs/kit/00_settings.ipynb #9b2acd8d

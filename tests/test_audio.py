@@ -52,7 +52,7 @@ from dm_course.audio_recipes import sound_unet
 from dm_course.conditioning import class_denoiser
 from dm_course.data import Batches, to_model
 from dm_course.latent import inpainting, paste
-from dm_course.recipes import digits_scheduler
+from dm_course.recipes import cosine_scheduler
 from dm_course.sampling import sample
 
 SMALL = Mel(rate=8_000, hop=64, window=256, bands=16, frames=16, floor=-60.0)  # a picture of 1,024 samples
@@ -546,7 +546,7 @@ def test_takes_that_another_process_brought_meanwhile_stay(source, tmp_path):
 @pytest.fixture(scope="module")
 def pipeline():
     """An untrained model of small pictures, told one of three labels or none."""
-    return DDPMPipeline(sound_unet(3, SMALL, (16, 16)).eval(), digits_scheduler())
+    return DDPMPipeline(sound_unet(3, SMALL, (16, 16)).eval(), cosine_scheduler())
 
 
 def test_a_sound_depends_on_its_own_seed(pipeline, capsys):

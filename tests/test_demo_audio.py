@@ -98,9 +98,9 @@ def test_pictures_form_and_become_a_sound(monkeypatch, tmp_path):
     from diffusers import DDPMPipeline
 
     from dm_course.audio_recipes import sound_unet
-    from dm_course.recipes import digits_scheduler
+    from dm_course.recipes import cosine_scheduler
 
-    small = DDPMPipeline(sound_unet(10, SPEECH_MEL, (16, 16, 16)).eval(), digits_scheduler())
+    small = DDPMPipeline(sound_unet(10, SPEECH_MEL, (16, 16, 16)).eval(), cosine_scheduler())
     monkeypatch.setattr(demos, "_sound_model", lambda name: small)
     monkeypatch.setattr(demos, "_sounds_folder", lambda: tmp_path)
     wish = check_sound_wish("digit", None, "4", 1, 3, 5)

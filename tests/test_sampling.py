@@ -23,7 +23,7 @@ from diffusers import (
 )
 
 import dm_course.sampling
-from dm_course.sampling import PREDICTION_TYPES, alpha_bar, convert, denoiser, diffusion_loss, oracle, sample
+from dm_course.sampling import PREDICTION_TYPES, alpha_bar, convert, denoiser, diffusion_loss, noised, oracle, sample
 
 COSINE = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
 
@@ -125,6 +125,17 @@ def test_v_target_is_the_schedulers_velocity():
     torch.manual_seed(3)
     t = torch.randint(0, 1000, (4,))
     torch.testing.assert_close(seen["loss"], scheduler.get_velocity(x0, torch.randn_like(x0), t).square().mean())
+
+
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+@pytest.mark.parametrize("shape", [(5, 3, 4, 4), (5, 7)])
+def test_a_noised_batch_comes_with_the_truth_of_its_kind(kind, shape):
+    scheduler, t = DDPMScheduler(prediction_type=kind, **COSINE), torch.tensor([0, 1, 500, 900, 999])
+    x0, epsilon = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    x_t, truth = noised(scheduler, x0, t, epsilon)
+    torch.testing.assert_close(x_t, scheduler.add_noise(x0, epsilon, t))
+    given = {"epsilon": epsilon, "v_prediction": scheduler.get_velocity(x0, epsilon, t), "sample": x0}
+    torch.testing.assert_close(truth, given[kind])
 
 
 def test_every_timestep_is_trained_the_last_one_too():

@@ -332,6 +332,24 @@ def test_measure_sees_time_and_memory(monkeypatch):
     assert cost.seconds == seconds and "MB" in repr(cost)
 
 
+def test_the_peak_of_a_gpu_outlives_the_blocks_that_are_measured(monkeypatch):
+    held = {"peak": 0}
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: held["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: held.update(peak=0))
+    gpu = torch.device("cuda", 7)
+    held["peak"] = 9e9
+    with measure(gpu) as cost:
+        held["peak"] = 2e9
+    assert cost.peak_mb == 2000 and settings.peak_memory(gpu) == 9000
+    with measure(gpu):
+        held["peak"] = 11e9
+    with measure(gpu):
+        pass
+    assert settings.peak_memory(gpu) == 11000
+
+
 def test_measure_ends_when_the_block_fails(monkeypatch):
     monkeypatch.setenv("DM_COURSE_DEVICE", "cpu")
     threads = threading.active_count()
