@@ -88,7 +88,7 @@ def _say_memory(unet, loss_fn, data, args):
         batch = {"images": data.batch(0)["images"].to(unet.device)}
         need = predict_memory(unet, loss_fn, batch, ema=bool(args.ema), precision=args.precision)
         total = sum(p.numel() for p in unet.parameters())
-        print(f"{total:,} parameters, batches of {args.batch_size}: about {need:,.0f} MiB to train", flush=True)
+        print(f"{total:,} parameters, batches of {args.batch_size}: about {need:,.0f} MB to train", flush=True)
 
 # %% ../nbs/kit/92_cli.ipynb #92runfinetune
 def _tracker(name):

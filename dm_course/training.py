@@ -147,7 +147,7 @@ def predict_memory(
     batch: dict,  # one batch of training size; a slice of at most two of its rows is used
     ema: bool = True,  # count a moving average of the weights
     precision: str = "auto",  # one of PRECISIONS
-) -> float:  # MiB for weights, gradients, optimiser, average and activations
+) -> float:  # MB of 10⁶ bytes, for weights, gradients, optimiser, average and activations
     "Predict the peak memory of training on a batch of this size, without training."
     rows = len(next(iter(batch.values())))
     few = min(2, rows)
@@ -163,7 +163,7 @@ def predict_memory(
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     activations = sum(n for where, n in kept.items() if where not in own) * rows / few
     weights = sum(p.numel() for p in model.parameters())
-    return (weights * 4 * (5 if ema else 4) + activations) / 2**20
+    return (weights * 4 * (5 if ema else 4) + activations) / 1e6
 
 # %% ../nbs/kit/05_training.ipynb #4c3330f3
 def pick_precision(
