@@ -184,7 +184,6 @@ def people(images):
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler])
-@pytest.mark.filterwarnings("ignore:.*__array.*:DeprecationWarning")
 def test_text_to_image_is_the_pipeline_to_the_bit(pipeline, scheduler, scale, monkeypatch):
     monkeypatch.setattr(pipeline, "scheduler", scheduler.from_config(pipeline.scheduler.config))
     options = dict(num_inference_steps=3, guidance_scale=scale, negative_prompt=["night", "night"], output_type="pt")
@@ -218,7 +217,6 @@ def test_image_to_image_is_the_pipeline_to_the_bit(pipeline, strength):
 
 
 @pytest.mark.parametrize("kind", [EulerDiscreteScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler])
-@pytest.mark.filterwarnings("ignore:.*__array.*:DeprecationWarning")
 def test_image_to_image_begins_at_the_noise_of_its_first_step(pipeline, kind, monkeypatch):
     scheduler = kind.from_config(pipeline.scheduler.config)
     monkeypatch.setattr(pipeline, "scheduler", scheduler)
@@ -249,7 +247,6 @@ def test_the_scheduler_of_the_pipeline_stays_as_it_was(pipeline):
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler, DDPMScheduler])
-@pytest.mark.filterwarnings("ignore:.*__array.*:DeprecationWarning")
 def test_sampling_from_the_middle_finds_what_an_oracle_knows(scheduler, kind):
     z, seen = normal(2, 4, 8, 8), []
     options = {} if scheduler is DPMSolverMultistepScheduler else {"clip_sample": False}
@@ -274,7 +271,6 @@ def wild(x, t):
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler])
 @pytest.mark.parametrize("fresh", [False, True])
-@pytest.mark.filterwarnings("ignore:.*__array.*:DeprecationWarning")
 def test_nothing_moves_outside_of_the_mask(scheduler, kind, fresh):
     known, mask = normal(2, 4, 8, 8), torch.zeros(32, 32)
     mask[:, 16:] = 1
